@@ -1,0 +1,463 @@
+"""Everything that reads pixels: image files, built-in images, crops, loaders, smaller copies.
+
+Use alone: `loader = TrainLoader(find_images("photos"), TrainCrop(224), batch_size=64)`, then
+`for images, labels in loader.batches(0, 1000): normalize(images.cuda())`; images travel as uint8
+(B, 3, H, W). `python -m common.data shrink SRC DST --short_side 160` copies a data set smaller.
+No random state is kept: an order is a function of (seed, epoch), a crop of (seed, epoch, index).
+Sources: crops as in torchvision, evaluation as in timm, MAE and SimMIM; resizing is torch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+Size, Box, Range = tuple[int, int], tuple[int, int, int, int], tuple[float, float]
+Transform = Callable[[Image.Image, np.random.Generator], np.ndarray]
+
+
+class InputError(Exception):
+    """What the user gave cannot work; the message is one sentence to print before exit 2."""
+
+
+class ImageFiles:
+    """Image files, labels (int64 or None), class names; any source of this shape can be loaded."""
+
+    def __init__(self, paths: Iterable[str | Path], labels: Sequence[int] | None = None,
+                 classes: Sequence[str] = ()) -> None:
+        # One array: a million strings would be copied into every worker by reference counting.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = None if labels is None else np.array(labels, dtype=np.int64)
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._paths[index])
+
+    def open(self, index: int) -> Image.Image:
+        """The image, not decoded yet: a crop chooses how."""
+        with warnings.catch_warnings():
+            # Pillow itself refuses a decompression bomb only from twice its limit on.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(self.name(index))
+
+
+def _images_under(root: str | Path) -> list[str]:
+    """Image files at any depth, links followed, in ImageFolder's order: folders, then names."""
+    found = []
+    for folder, children, names in os.walk(root, followlinks=True):
+        # A link to a folder above itself would be followed for ever.
+        here = Path(folder).resolve()
+        children[:] = [c for c in children if (here / c).resolve() not in (here, *here.parents)]
+        found += [(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+    return [os.path.join(folder, name) for folder, name in sorted(found)]
+
+
+def find_images(data_path: str | Path) -> ImageFiles:
+    """Unlabelled: a tree of folders (its `train` folder if it has one), an image, or a text file
+    with a path a line, relative to the folder of the text file.
+    """
+    path = Path(data_path)
+    if path.is_dir():
+        paths = _images_under(path / "train" if (path / "train").is_dir() else path)
+    elif path.is_file() and path.name.lower().endswith(SUFFIXES):
+        paths = [path]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            wanted = "expected a folder of images, an image or a text file with a path a line"
+            raise InputError(f"{path} is missing or unreadable: {wanted}") from error
+        listed = {n: path.parent / line.strip() for n, line in enumerate(lines, 1) if line.strip()}
+        for number, image in listed.items():
+            if not image.is_file():
+                raise InputError(f"{path}, line {number}: expected an image, {image} is no file")
+        paths = list(listed.values())
+    if not paths:
+        raise InputError(f"{path} holds no images: expected files ending in {' '.join(SUFFIXES)}")
+    return ImageFiles(paths)
+
+
+def find_labelled(data_path: str | Path, split: str) -> ImageFiles:
+    """Images of data_path/split/<class>/..., labelled by the sorted names of the class folders."""
+    root = Path(data_path) / split
+    wanted = f"expected {root}/<class>/ folders of images"
+    if not root.is_dir():
+        raise InputError(f"{root} does not exist: {wanted}")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    found = [_images_under(root / name) for name in classes]
+    if not classes or [] in found:
+        empty = root / classes[found.index([])] if classes else root
+        raise InputError(f"{empty} holds no {'images' if classes else 'classes'}: {wanted}")
+    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
+    return ImageFiles([path for paths in found for path in paths], labels, classes)
+
+
+def _box(u: np.ndarray, v: np.ndarray, half_u: float, half_v: float) -> np.ndarray:
+    return np.maximum(np.abs(u) - half_u, np.abs(v) - half_v)
+
+
+# Signed distances, negative inside, in a frame where each shape about fills the unit disc.
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "disc": lambda u, v: np.hypot(u, v) - 0.85,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.18,
+    "square": lambda u, v: _box(u, v, 0.7, 0.7),
+    "triangle": lambda u, v: np.maximum(0.75**0.5 * np.abs(u) + v / 2, -v) - 0.5,
+    # The second nearest of the five side lines of a pentagon bounds its star.
+    "star": lambda u, v: np.hypot(u, v)
+    * np.cos(0.4 * np.pi - np.abs(np.arctan2(v, u) % (0.4 * np.pi) - 0.2 * np.pi)) - 0.34,
+    "plus": lambda u, v: np.minimum(_box(u, v, 0.95, 0.28), _box(u, v, 0.28, 0.95)),
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.92, 0.72 - np.hypot(u - 0.45, v)),
+    "heart": lambda u, v: np.minimum(
+        _box(u, v, 0.55, 0.55), np.minimum(np.hypot(u - 0.55, v), np.hypot(u, v - 0.55)) - 0.55),
+    "ell": lambda u, v: np.minimum(_box(u + 0.42, v, 0.26, 0.9), _box(u, v - 0.64, 0.68, 0.26)),
+    "bars": lambda u, v: _box(u, np.abs(v) - 0.52, 0.8, 0.26),
+}
+
+
+def _texture(random: Callable[..., np.ndarray], size: int) -> np.ndarray:
+    """Gradient, stripes, checks or blotches, (S, S, 1) in [-1, 1]: a small grid of random values
+    blended smoothly or sharply.
+    """
+    axes, sharpness = [], 1 + 7 * random() ** 2
+    for cells in 1 + (8 * random(2)).astype(int):
+        near = np.abs(np.linspace(0, cells - 1, size)[:, None] - np.arange(cells))
+        near = (0.5 + sharpness * (near - 0.5)).clip(0, 1)
+        axes.append((1 - near) ** 2 * (1 + 2 * near))  # smoothstep: each row adds up to one
+    grid = 2 * random((axes[0].shape[1], axes[1].shape[1])) - 1
+    return (axes[0] @ grid @ axes[1].T)[..., None]
+
+
+class DrawnImages:
+    """Built-in images of ten shapes, label = index % 10; (split, index) alone decides an image.
+
+    Place, size, rotation, colours and both textures are drawn alike for all classes, so that only
+    the outline tells them apart; by NumPy, so that every Pillow version sees the same pixels.
+    """
+
+    def __init__(self, split: str, length: int, size: int = 96) -> None:
+        self.split, self.size, self.classes = split, size, list(SHAPES)
+        self.labels = np.arange(length) % len(SHAPES)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.split}/{index}"
+
+    def open(self, index: int) -> Image.Image:
+        random = np.random.default_rng([*self.split.encode(), index]).random
+        colours = np.zeros((2, 3))
+        while np.abs(colours[0] - colours[1]).sum() < 0.9:
+            colours = random((2, 3))
+        image, foreground = (c + _texture(random, self.size) * (random(3) - 0.5) for c in colours)
+        y, x = np.ogrid[-1 : 1 : self.size * 1j, -1 : 1 : self.size * 1j]
+        for cx, cy, radius in random((3, 3)) * (2, 2, 0.15) + (-1, -1, 0.1):  # distracting blobs
+            fade = (1.5 - 1.5 * ((x - cx) ** 2 + (y - cy) ** 2) / radius**2).clip(0, 0.6)
+            image += fade[..., None] * (random(3) - image)
+        radius, angle = 0.45 + 0.35 * random(), 2 * math.pi * random()
+        cx, cy = (1 - 0.9 * radius) * (2 * random(2) - 1)
+        cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
+        u, v = cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
+        distance = SHAPES[self.classes[self.labels[index]]](u, v) * radius * self.size / 2
+        image += (0.5 - distance).clip(0, 1)[..., None] * (foreground - image)
+        return Image.fromarray(np.rint(image.clip(0, 1) * 255).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode to 8-bit RGB: alpha is dropped, EXIF orientation ignored."""
+    image.load()
+    if image.mode[0] in "IF":
+        # Pillow would clip at 255. Integers keep the upper 8 of 16 bits, as 16-bit colour files
+        # do; floats have no fixed range, so the smallest usual one is taken.
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        top = values.max() if image.mode == "F" else 65535
+        scale = 255 if top <= 1 else 1 if top <= 255 else 1 / 256
+        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def crop_size(height: int, width: int, area_fraction: float, log_ratio: float) -> Size | None:
+    """One try of the random resized crop: (h, w) of that area and ln(w / h), None if too large."""
+    area, ratio = area_fraction * (height * width), math.exp(log_ratio)
+    h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+    return (h, w) if 0 < h <= height and 0 < w <= width else None
+
+
+def fallback_crop(height: int, width: int, ratio: Range = (3 / 4, 4 / 3)) -> Box:
+    """(top, left, h, w) of the largest centred box of allowed width / height."""
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def sample_crop(height: int, width: int, scale: Range, rng: np.random.Generator,
+                ratio: Range = (3 / 4, 4 / 3)) -> Box:
+    """(top, left, h, w) of a random resized crop: area uniform in `scale`, ratio log-uniform."""
+    for _ in range(10):
+        fraction, log_ratio = rng.uniform(*scale), rng.uniform(*map(math.log, ratio))
+        if size := crop_size(height, width, fraction, log_ratio):
+            top, left = (int(rng.integers(n + 1)) for n in (height - size[0], width - size[1]))
+            return top, left, *size
+    return fallback_crop(height, width, ratio)
+
+
+def resize(pixels: np.ndarray, size: Size, interpolation: str = "bicubic") -> np.ndarray:
+    """Antialiased resize of uint8 (H, W, 3) to `size` (h, w), within one level of Pillow's."""
+    # Contiguous for torch's channels-last kernel, writable because it warns about Pillow's arrays.
+    image = torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)[None]
+    resized = F.interpolate(image, size, mode=interpolation, align_corners=False, antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def center_crop(pixels: np.ndarray, size: Size) -> np.ndarray:
+    """The middle `size` (h, w) of (H, W, C); a shorter side is padded with black first."""
+    missing = [max(wanted - side, 0) for side, wanted in zip(pixels.shape[:2], size, strict=True)]
+    pixels = np.pad(pixels, [*((n // 2, n - n // 2) for n in missing), (0, 0)])
+    # round() takes ties to even, as torchvision does since 0.9.
+    top, left = round((pixels.shape[0] - size[0]) / 2), round((pixels.shape[1] - size[1]) / 2)
+    return pixels[top : top + size[0], left : left + size[1]]
+
+
+def eval_resize(size: int, rule: str) -> int:
+    """Short side to resize to before the centre crop of `size`."""
+    sides = {"timm": int(size / 0.875), "simmim": int(256 / 224 * size)}
+    return {**sides, "mae": sides["timm"] if size <= 224 else size}[rule]
+
+
+def resized_shape(h: int, w: int, short: int) -> Size:
+    """(h, w) with the short side at `short`; the long side is truncated."""
+    return (int(short * h / w), short) if w <= h else (short, int(short * w / h))
+
+
+@dataclass(frozen=True)
+class TrainCrop:
+    """Random resized crop and flip of a PIL image not decoded yet -> uint8 (size, size, 3).
+
+    `interpolation` "random" draws bilinear or bicubic (MAE-Lite); `augment` maps (PIL image, rng)
+    to a PIL image; `fast_decode` reads JPEG at 1/2 to 1/8 where nothing is enlarged afterwards.
+    """
+
+    size: int
+    scale: Range = (0.2, 1.0)
+    interpolation: str = "bicubic"
+    flip: float = 0.5
+    augment: Callable[[Image.Image, np.random.Generator], Image.Image] | None = None
+    fast_decode: bool = False
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        (width, height), mode = image.size, self.interpolation
+        top, left, h, w = sample_crop(height, width, self.scale, rng)
+        if mode == "random":
+            mode = ("bilinear", "bicubic")[rng.integers(2)]
+        factors = (8, 4, 2) if self.fast_decode else ()
+        k = next((k for k in factors if min(h, w) >= k * self.size), 1)
+        # draft answers None, and changes nothing, for anything but a JPEG not decoded yet.
+        if k > 1 and image.draft(None, (width // k, height // k)):
+            top, left, h, w = top // k, left // k, h // k, w // k
+        pixels = np.asarray(to_rgb(image).crop((left, top, left + w, top + h)))
+        pixels = resize(pixels, (self.size, self.size), mode)
+        pixels = pixels[:, ::-1] if rng.random() < self.flip else pixels
+        return np.asarray(self.augment(Image.fromarray(pixels), rng)) if self.augment else pixels
+
+
+@dataclass(frozen=True)
+class EvalCrop:
+    """Resize the short side by `rule`, then centre crop: PIL image -> uint8 (size, size, 3)."""
+
+    size: int
+    rule: str = "simmim"
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
+        pixels = np.asarray(to_rgb(image))
+        shape = resized_shape(*pixels.shape[:2], eval_resize(self.size, self.rule))
+        if self.rule == "simmim" and self.size <= 32:  # SimMIM does not crop small images
+            shape = (self.size, self.size)
+        return center_crop(resize(pixels, shape), (self.size, self.size))
+
+
+def normalize(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> ImageNet-normalised `dtype`, computed in float32 on their device."""
+    scaled = images.float().div_(255)
+    # Channel by channel with Python numbers: a table would be copied to the device at each call.
+    for c in range(3):
+        scaled[:, c].sub_(IMAGENET_MEAN[c]).div_(IMAGENET_STD[c])
+    return scaled.to(dtype)
+
+
+@lru_cache(maxsize=1)
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Order of the images in an epoch, int64 (length,); cached, so not to be written to."""
+    # `length` keeps this stream apart from those of the images, whose index is smaller.
+    return np.random.default_rng([seed, epoch, length]).permutation(length)
+
+
+@dataclass
+class _Batches:
+    """Batches by key (epoch, positions in its order); without a seed, in the order of `source`."""
+    source: ImageFiles | DrawnImages
+    transform: Transform
+    seed: int | None = None
+    tries: int = 1  # images to try at a position and after it, until one can be read
+
+    def __getitem__(self, key: tuple[int, range]) -> list:
+        """Images uint8 (B, 3, S, S), labels (B,), indices (B,), {index: reason} of bad images."""
+        (epoch, positions), length, seed = key, len(self.source), self.seed or 0
+        order = range(length) if self.seed is None else permutation(seed, epoch, length)
+        indices, pixels, bad = [], [], {}
+        for position in positions:
+            for place in range(position, position + self.tries):
+                index = int(order[place % length])
+                rng = np.random.default_rng([seed, epoch, index])
+                try:
+                    with self.source.open(index) as image:
+                        pixels.append(self.transform(image, rng).transpose(2, 0, 1))
+                except MemoryError:
+                    raise
+                except Exception as error:  # damaged files make Pillow raise almost anything
+                    bad[index] = f"{type(error).__name__}: {error}"
+                else:
+                    indices.append(index)
+                    break
+        labels = [0 if self.source.labels is None else self.source.labels[i] for i in indices]
+        columns = ((pixels, np.uint8), (labels, np.int64), (indices, np.int64))
+        return [*(torch.from_numpy(np.array(values, kind)) for values, kind in columns), bad]
+
+    def load(self, keys: Iterable, bad: dict[int, str], workers: int, pin: bool) -> Iterator[list]:
+        """Images, labels and indices of each key; bad images are named once and put in `bad`."""
+        # A generator of its own, because DataLoader would draw from the global one.
+        options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
+        for *batch, found in DataLoader(self, batch_size=None, sampler=keys, **options):
+            for index in found.keys() - bad.keys():
+                reason = f"{self.source.name(index)} ({found[index]})"
+                tqdm.write(f"unreadable image skipped: {reason}", file=sys.stderr)
+            bad |= found
+            yield batch
+
+
+@dataclass
+class TrainLoader:
+    """Shuffled micro-batches for ever; len() is the number of optimizer updates in an epoch.
+
+    The order depends on the global batch, not on the processes and `accum_iter` that share it; a
+    bad image is replaced by the next in order.
+    """
+    source: ImageFiles | DrawnImages
+    transform: Transform
+    _: KW_ONLY
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    accum_iter: int = 1
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        self.unreadable = 0
+        if not len(self):
+            batch = self.batch_size * self.world_size * self.accum_iter
+            raise InputError(f"{len(self.source)} images do not fill one global batch of {batch}")
+
+    def __len__(self) -> int:
+        return len(self.source) // (self.batch_size * self.world_size * self.accum_iter)
+
+    def _key(self, number: int) -> tuple[int, range]:
+        epoch, number = divmod(number, len(self) * self.accum_iter)
+        first = (number * self.world_size + self.rank) * self.batch_size
+        return epoch, range(first, first + self.batch_size)
+
+    def batches(self, start_step: int, total_steps: int) -> Iterator[list[torch.Tensor]]:
+        """Images uint8 (B, 3, S, S) and labels (B,) of updates start_step to total_steps - 1,
+        `accum_iter` micro-batches each; workers run on across epochs.
+        """
+        # More than 1% of bad images is the user's to mend; five must pass for small folders' sake.
+        bad, limit = {}, max(5, len(self.source) // 100)
+        data = _Batches(self.source, self.transform, self.seed, limit + 1)
+        keys = map(self._key, range(start_step * self.accum_iter, total_steps * self.accum_iter))
+        for images, labels, _ in data.load(keys, bad, self.num_workers, self.pin_memory):
+            self.unreadable = len(bad)
+            if len(bad) > limit or len(images) < self.batch_size:
+                names = ", ".join(self.source.name(index) for index in list(bad)[:10])
+                raise InputError(f"more than 1% of the images cannot be read: {names}")
+            yield images, labels
+
+
+def eval_batches(source: ImageFiles | DrawnImages, transform: Transform, *, batch_size: int,
+                 rank: int = 0, world_size: int = 1, num_workers: int = 0,
+                 pin_memory: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Images, labels and indices, each image once; those that cannot be read are left out."""
+    mine = range(rank, len(source), world_size)
+    keys = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+    loaded = _Batches(source, transform).load(keys, {}, num_workers, pin_memory)
+    return (batch for batch in loaded if len(batch[0]))
+
+
+def _shrink(source: str, target: str, short_side: int, quality: int) -> str | None:
+    """Write one smaller copy unless it exists; the reason if `source` cannot be read."""
+    if os.path.exists(target):
+        return None
+    try:
+        with ImageFiles([source]).open(0) as image:
+            kind, rgb = image.format, to_rgb(image)
+    except Exception as error:
+        return f"unreadable image skipped: {source} ({type(error).__name__}: {error})"
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if min(rgb.size) <= short_side:
+        shutil.copyfile(source, f"{target}.tmp")
+    else:
+        kind = "JPEG" if kind == "MPO" else kind if kind in Image.SAVE else "PNG"
+        options = {"quality": quality} if kind in ("JPEG", "WEBP") else {}
+        pixels = resize(np.asarray(rgb), resized_shape(rgb.height, rgb.width, short_side))
+        Image.fromarray(pixels).save(f"{target}.tmp", kind, **options)
+    os.replace(f"{target}.tmp", target)  # a killed run leaves no half-written image
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`shrink SRC DST`: same folders, names and formats, short sides of `--short_side` at most."""
+    parser = argparse.ArgumentParser(prog="python -m common.data", description=main.__doc__)
+    parser.add_argument("command", choices=["shrink"])
+    parser.add_argument("source", metavar="SRC", type=os.path.realpath)
+    parser.add_argument("target", metavar="DST", type=os.path.realpath)
+    parser.add_argument("--short_side", "--short-side", type=int, default=160)
+    parser.add_argument("--quality", type=int, default=90, help="of JPEG and WebP")
+    parser.add_argument("--num_workers", "--num-workers", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    sources = _images_under(args.source)
+    if not sources or Path(args.source) in (Path(args.target), *Path(args.target).parents):
+        wanted = "expected SRC to be a folder of images and DST another one outside it"
+        print(f"cannot copy {args.source} to {args.target}: {wanted}", file=sys.stderr)
+        return 2
+    targets = [os.path.join(args.target, os.path.relpath(path, args.source)) for path in sources]
+    work = partial(_shrink, short_side=args.short_side, quality=args.quality)
+    with ProcessPoolExecutor(args.num_workers, None, torch.set_num_threads, (1,)) as pool:
+        done = pool.map(work, sources, targets, chunksize=16)
+        reasons = [line for line in tqdm(done, total=len(sources), unit="image") if line]
+    print(*reasons, sep="\n", file=sys.stderr)
+    print(f"{len(sources) - len(reasons)} images in {args.target}, {len(reasons)} unreadable")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
