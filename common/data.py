@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,13 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 Size, Box, Range = tuple[int, int], tuple[int, int, int, int], tuple[float, float]
 Transform = Callable[[Image.Image, np.random.Generator], np.ndarray]
@@ -67,17 +64,15 @@ def _images_under(root: str | Path) -> list[str]:
     """Image files at any depth, links followed, in ImageFolder's order: folders, then names."""
     found = []
     for folder, children, names in os.walk(root, followlinks=True):
-        # A link to a folder above itself would be followed for ever.
-        here = Path(folder).resolve()
+        here = Path(folder).resolve()  # a link to a folder above would be followed for ever
         children[:] = [c for c in children if (here / c).resolve() not in (here, *here.parents)]
         found += [(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
-    return [os.path.join(folder, name) for folder, name in sorted(found)]
+    return [os.path.join(*parts) for parts in sorted(found)]
 
 
 def find_images(data_path: str | Path) -> ImageFiles:
-    """Unlabelled: a tree of folders (its `train` folder if it has one), an image, or a text file
-    with a path a line, relative to the folder of the text file.
-    """
+    """Unlabelled images: a tree of folders (only `train` if there is one), a single image, or a
+    text file with a path a line, relative to its own folder."""
     path = Path(data_path)
     if path.is_dir():
         paths = _images_under(path / "train" if (path / "train").is_dir() else path)
@@ -87,8 +82,7 @@ def find_images(data_path: str | Path) -> ImageFiles:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            wanted = "expected a folder of images, an image or a text file with a path a line"
-            raise InputError(f"{path} is missing or unreadable: {wanted}") from error
+            raise InputError(f"{path} is no folder, image or text file with paths") from error
         listed = {n: path.parent / line.strip() for n, line in enumerate(lines, 1) if line.strip()}
         for number, image in listed.items():
             if not image.is_file():
@@ -137,9 +131,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def _texture(random: Callable[..., np.ndarray], size: int) -> np.ndarray:
-    """Gradient, stripes, checks or blotches, (S, S, 1) in [-1, 1]: a small grid of random values
-    blended smoothly or sharply.
-    """
+    """Gradient, stripes, checks or blotches, (S, S, 1) in [-1, 1], from a small random grid."""
     axes, sharpness = [], 1 + 7 * random() ** 2
     for cells in 1 + (8 * random(2)).astype(int):
         near = np.abs(np.linspace(0, cells - 1, size)[:, None] - np.arange(cells))
@@ -149,39 +141,27 @@ def _texture(random: Callable[..., np.ndarray], size: int) -> np.ndarray:
     return (axes[0] @ grid @ axes[1].T)[..., None]
 
 
-class DrawnImages:
+class DrawnImages(ImageFiles):
     """Built-in images of ten shapes, label = index % 10; (split, index) alone decides an image.
+    Place, size, rotation, colours and textures are drawn alike for all: only outlines differ."""
 
-    Place, size, rotation, colours and both textures are drawn alike for all classes, so that only
-    the outline tells them apart; by NumPy, so that every Pillow version sees the same pixels.
-    """
-
-    def __init__(self, split: str, length: int, size: int = 96) -> None:
-        self.split, self.size, self.classes = split, size, list(SHAPES)
-        self.labels = np.arange(length) % len(SHAPES)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        return f"{self.split}/{index}"
+    def __init__(self, split: str, length: int, size: int = 64) -> None:
+        names, self.size = [f"{split}/{index}" for index in range(length)], size
+        super().__init__(names, np.arange(length) % len(SHAPES), list(SHAPES))
 
     def open(self, index: int) -> Image.Image:
-        random = np.random.default_rng([*self.split.encode(), index]).random
-        colours = np.zeros((2, 3))
-        while np.abs(colours[0] - colours[1]).sum() < 0.9:
-            colours = random((2, 3))
-        image, foreground = (c + _texture(random, self.size) * (random(3) - 0.5) for c in colours)
+        random = np.random.default_rng(list(self.name(index).encode())).random
+        background = random(3)
+        colours = background, (background + 0.3 + 0.4 * random(3)) % 1
+        texture = (_texture(random, self.size) * (random(3) - 0.5) for _ in colours)
+        image, foreground = (c + k * t for c, k, t in zip(colours, (0.5, 0.2), texture, strict=True))
         y, x = np.ogrid[-1 : 1 : self.size * 1j, -1 : 1 : self.size * 1j]
-        for cx, cy, radius in random((3, 3)) * (2, 2, 0.15) + (-1, -1, 0.1):  # distracting blobs
-            fade = (1.5 - 1.5 * ((x - cx) ** 2 + (y - cy) ** 2) / radius**2).clip(0, 0.6)
-            image += fade[..., None] * (random(3) - image)
-        radius, angle = 0.45 + 0.35 * random(), 2 * math.pi * random()
-        cx, cy = (1 - 0.9 * radius) * (2 * random(2) - 1)
+        radius, angle = 0.55 + 0.3 * random(), 0.5 * (2 * random() - 1)
+        cx, cy = 0.7 * (1 - 0.9 * radius) * (2 * random(2) - 1)
         cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
         u, v = cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
         distance = SHAPES[self.classes[self.labels[index]]](u, v) * radius * self.size / 2
-        image += (0.5 - distance).clip(0, 1)[..., None] * (foreground - image)
+        image = image + (0.5 - distance).clip(0, 1)[..., None] * (foreground - image)
         return Image.fromarray(np.rint(image.clip(0, 1) * 255).astype(np.uint8))
 
 
@@ -189,8 +169,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode to 8-bit RGB: alpha is dropped, EXIF orientation ignored."""
     image.load()
     if image.mode[0] in "IF":
-        # Pillow would clip at 255. Integers keep the upper 8 of 16 bits, as 16-bit colour files
-        # do; floats have no fixed range, so the smallest usual one is taken.
+        # Pillow would clip. Integers have 16 bits; floats the smallest usual range that fits.
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = values.max() if image.mode == "F" else 65535
         scale = 255 if top <= 1 else 1 if top <= 255 else 1 / 256
@@ -226,7 +205,7 @@ def resize(pixels: np.ndarray, size: Size, interpolation: str = "bicubic") -> np
     """Antialiased resize of uint8 (H, W, 3) to `size` (h, w), within one level of Pillow's."""
     # Contiguous for torch's channels-last kernel, writable because it warns about Pillow's arrays.
     image = torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)[None]
-    resized = F.interpolate(image, size, mode=interpolation, align_corners=False, antialias=True)
+    resized = torch.nn.functional.interpolate(image, size, mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
@@ -255,9 +234,7 @@ class TrainCrop:
     """Random resized crop and flip of a PIL image not decoded yet -> uint8 (size, size, 3).
 
     `interpolation` "random" draws bilinear or bicubic (MAE-Lite); `augment` maps (PIL image, rng)
-    to a PIL image; `fast_decode` reads JPEG at 1/2 to 1/8 where nothing is enlarged afterwards.
-    """
-
+    to a PIL image; `fast_decode` reads JPEG at 1/2 to 1/8 where nothing is enlarged afterwards."""
     size: int
     scale: Range = (0.2, 1.0)
     interpolation: str = "bicubic"
@@ -270,12 +247,12 @@ class TrainCrop:
         top, left, h, w = sample_crop(height, width, self.scale, rng)
         if mode == "random":
             mode = ("bilinear", "bicubic")[rng.integers(2)]
-        factors = (8, 4, 2) if self.fast_decode else ()
-        k = next((k for k in factors if min(h, w) >= k * self.size), 1)
+        box = left, top, left + w, top + h
+        k = next((k for k in (8, 4, 2) if self.fast_decode and min(h, w) >= k * self.size), 1)
         # draft answers None, and changes nothing, for anything but a JPEG not decoded yet.
         if k > 1 and image.draft(None, (width // k, height // k)):
-            top, left, h, w = top // k, left // k, h // k, w // k
-        pixels = np.asarray(to_rgb(image).crop((left, top, left + w, top + h)))
+            box = [round(side / k) for side in box]
+        pixels = np.asarray(to_rgb(image).crop(box))
         pixels = resize(pixels, (self.size, self.size), mode)
         pixels = pixels[:, ::-1] if rng.random() < self.flip else pixels
         return np.asarray(self.augment(Image.fromarray(pixels), rng)) if self.augment else pixels
@@ -284,7 +261,6 @@ class TrainCrop:
 @dataclass(frozen=True)
 class EvalCrop:
     """Resize the short side by `rule`, then centre crop: PIL image -> uint8 (size, size, 3)."""
-
     size: int
     rule: str = "simmim"
 
@@ -315,7 +291,7 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 @dataclass
 class _Batches:
     """Batches by key (epoch, positions in its order); without a seed, in the order of `source`."""
-    source: ImageFiles | DrawnImages
+    source: ImageFiles
     transform: Transform
     seed: int | None = None
     tries: int = 1  # images to try at a position and after it, until one can be read
@@ -328,17 +304,18 @@ class _Batches:
         for position in positions:
             for place in range(position, position + self.tries):
                 index = int(order[place % length])
-                rng = np.random.default_rng([seed, epoch, index])
+                if index in bad:
+                    continue
                 try:
                     with self.source.open(index) as image:
+                        rng = np.random.default_rng([seed, epoch, index])
                         pixels.append(self.transform(image, rng).transpose(2, 0, 1))
+                    indices.append(index)
+                    break
                 except MemoryError:
                     raise
                 except Exception as error:  # damaged files make Pillow raise almost anything
                     bad[index] = f"{type(error).__name__}: {error}"
-                else:
-                    indices.append(index)
-                    break
         labels = [0 if self.source.labels is None else self.source.labels[i] for i in indices]
         columns = ((pixels, np.uint8), (labels, np.int64), (indices, np.int64))
         return [*(torch.from_numpy(np.array(values, kind)) for values, kind in columns), bad]
@@ -348,21 +325,17 @@ class _Batches:
         # A generator of its own, because DataLoader would draw from the global one.
         options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
         for *batch, found in DataLoader(self, batch_size=None, sampler=keys, **options):
-            for index in found.keys() - bad.keys():
-                reason = f"{self.source.name(index)} ({found[index]})"
-                tqdm.write(f"unreadable image skipped: {reason}", file=sys.stderr)
-            bad |= found
+            for i in [i for i in found if i not in bad]:
+                bad[i] = f"{self.source.name(i)} ({found[i]})"
+                tqdm.write(f"unreadable image skipped: {bad[i]}", file=sys.stderr)
             yield batch
 
 
 @dataclass
 class TrainLoader:
-    """Shuffled micro-batches for ever; len() is the number of optimizer updates in an epoch.
-
-    The order depends on the global batch, not on the processes and `accum_iter` that share it; a
-    bad image is replaced by the next in order.
-    """
-    source: ImageFiles | DrawnImages
+    """Shuffled micro-batches; len() is the number of optimizer updates in an epoch. The order is a
+    function of the global batch, not of the processes and `accum_iter` that share it."""
+    source: ImageFiles
     transform: Transform
     _: KW_ONLY
     batch_size: int
@@ -374,13 +347,13 @@ class TrainLoader:
     pin_memory: bool = False
 
     def __post_init__(self) -> None:
-        self.unreadable = 0
-        if not len(self):
-            batch = self.batch_size * self.world_size * self.accum_iter
+        self.unreadable, batch = 0, self.batch_size * self.world_size * self.accum_iter
+        self._steps = len(self.source) // batch
+        if not self._steps:
             raise InputError(f"{len(self.source)} images do not fill one global batch of {batch}")
 
     def __len__(self) -> int:
-        return len(self.source) // (self.batch_size * self.world_size * self.accum_iter)
+        return self._steps
 
     def _key(self, number: int) -> tuple[int, range]:
         epoch, number = divmod(number, len(self) * self.accum_iter)
@@ -388,9 +361,7 @@ class TrainLoader:
         return epoch, range(first, first + self.batch_size)
 
     def batches(self, start_step: int, total_steps: int) -> Iterator[list[torch.Tensor]]:
-        """Images uint8 (B, 3, S, S) and labels (B,) of updates start_step to total_steps - 1,
-        `accum_iter` micro-batches each; workers run on across epochs.
-        """
+        """Images uint8 (B, 3, S, S), labels (B,): `accum_iter` pairs for each optimizer update."""
         # More than 1% of bad images is the user's to mend; five must pass for small folders' sake.
         bad, limit = {}, max(5, len(self.source) // 100)
         data = _Batches(self.source, self.transform, self.seed, limit + 1)
@@ -403,9 +374,8 @@ class TrainLoader:
             yield images, labels
 
 
-def eval_batches(source: ImageFiles | DrawnImages, transform: Transform, *, batch_size: int,
-                 rank: int = 0, world_size: int = 1, num_workers: int = 0,
-                 pin_memory: bool = False) -> Iterator[list[torch.Tensor]]:
+def eval_batches(source: ImageFiles, transform: Transform, *, batch_size: int, rank: int = 0,
+                 world_size: int = 1, num_workers: int = 0, pin_memory: bool = False) -> Iterator:
     """Images, labels and indices, each image once; those that cannot be read are left out."""
     mine = range(rank, len(source), world_size)
     keys = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
@@ -414,9 +384,7 @@ def eval_batches(source: ImageFiles | DrawnImages, transform: Transform, *, batc
 
 
 def _shrink(source: str, target: str, short_side: int, quality: int) -> str | None:
-    """Write one smaller copy unless it exists; the reason if `source` cannot be read."""
-    if os.path.exists(target):
-        return None
+    """Write one smaller copy; the reason if `source` cannot be read."""
     try:
         with ImageFiles([source]).open(0) as image:
             kind, rgb = image.format, to_rgb(image)
@@ -424,14 +392,13 @@ def _shrink(source: str, target: str, short_side: int, quality: int) -> str | No
         return f"unreadable image skipped: {source} ({type(error).__name__}: {error})"
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if min(rgb.size) <= short_side:
-        shutil.copyfile(source, f"{target}.tmp")
+        Path(f"{target}.tmp").write_bytes(Path(source).read_bytes())
     else:
         kind = "JPEG" if kind == "MPO" else kind if kind in Image.SAVE else "PNG"
         options = {"quality": quality} if kind in ("JPEG", "WEBP") else {}
         pixels = resize(np.asarray(rgb), resized_shape(rgb.height, rgb.width, short_side))
         Image.fromarray(pixels).save(f"{target}.tmp", kind, **options)
     os.replace(f"{target}.tmp", target)  # a killed run leaves no half-written image
-    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -444,18 +411,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=90, help="of JPEG and WebP")
     parser.add_argument("--num_workers", "--num-workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
-    sources = _images_under(args.source)
-    if not sources or Path(args.source) in (Path(args.target), *Path(args.target).parents):
-        wanted = "expected SRC to be a folder of images and DST another one outside it"
-        print(f"cannot copy {args.source} to {args.target}: {wanted}", file=sys.stderr)
+    names = [os.path.relpath(path, args.source) for path in _images_under(args.source)]
+    if not names or f"{args.target}/".startswith(f"{args.source}/"):
+        print(f"expected {args.source} to hold images, {args.target} outside", file=sys.stderr)
         return 2
-    targets = [os.path.join(args.target, os.path.relpath(path, args.source)) for path in sources]
+    todo = [name for name in names if not os.path.exists(os.path.join(args.target, name))]
+    paths = [[os.path.join(folder, name) for name in todo] for folder in (args.source, args.target)]
     work = partial(_shrink, short_side=args.short_side, quality=args.quality)
-    with ProcessPoolExecutor(args.num_workers, None, torch.set_num_threads, (1,)) as pool:
-        done = pool.map(work, sources, targets, chunksize=16)
-        reasons = [line for line in tqdm(done, total=len(sources), unit="image") if line]
-    print(*reasons, sep="\n", file=sys.stderr)
-    print(f"{len(sources) - len(reasons)} images in {args.target}, {len(reasons)} unreadable")
+    with ProcessPoolExecutor(args.num_workers or 1, None, torch.set_num_threads, (1,)) as pool:
+        bad = [bad for bad in tqdm(pool.map(work, *paths, chunksize=16), total=len(todo)) if bad]
+    print(*bad, f"{len(names) - len(bad)} images in {args.target}, {len(bad)} unreadable", sep="\n")
     return 0
 
 
