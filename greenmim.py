@@ -377,7 +377,7 @@ def drop_path(x: Tensor, probability: float) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v for (B, heads, S, d) and a learned (1, heads, S, S) bias."""
+    """softmax(q k^T / sqrt(d) + bias) v, all (B, heads, S, d); the bias (1, heads, S, S) learns."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
     # On the CPU no fused kernel takes a bias that needs a gradient, and its fallback runs
@@ -713,27 +713,36 @@ def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.replace("head.fc.", "head."): v for k, v in state.items()}
 
 
-def load_encoder(model: SwinEncoder, path: str, release: str = "corrected") -> None:
-    """Load `path` into an encoder or classifier; only a head may stay fresh. Says what it did."""
-    state = swin_names(read_checkpoint(path)["model"])
-    own = model.state_dict()
-    for key, value in state.items():
-        if release == "2022" and ".downsample." in key:
-            # Its blocks stand as (0,0), (0,1), (1,0), (1,1); Eq. (4) wants the middle two swapped.
-            value = value.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].flatten(-2)
-        if key.endswith("bias_table") and key in own and len(value) != len(own[key]):
-            print(f"{key}: interpolated from {len(value)} to {len(own[key])} rows")
-            value = resize_bias_table(value, len(own[key]))
-        state[key] = value
+def swap_merging(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first release's merging order (0,0), (0,1), (1,0), (1,1) to Eq. (4), or back."""
+    return {
+        k: v.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].flatten(-2) if ".downsample." in k else v
+        for k, v in state.items()
+    }
+
+
+def load_encoder(model: SwinEncoder, path: str, release: str = "corrected") -> str:
+    """Load `path` into an encoder or classifier, of which only a head may stay fresh.
+
+    Returns a sentence on what was adapted; InputError names what does not fit.
+    """
+    state, own, notes = swin_names(read_checkpoint(path)["model"]), model.state_dict(), []
+    if release == "2022":
+        state = swap_merging(state)
+        notes.append("merging weights of the first release reordered")
+    tables = [k for k in own if k.endswith("bias_table") and k in state]
+    if resized := [k for k in tables if len(state[k]) != len(own[k])]:
+        state |= {k: resize_bias_table(state[k], len(own[k])) for k in resized}
+        notes.append(f"{len(resized)} relative position tables interpolated")
     head = {k for k in own if k.startswith("head.")}
     if any(k not in state or state[k].shape != own[k].shape for k in head):
-        print("the head starts fresh")
-        state = {k: v for k, v in state.items() if not k.startswith("head.")}
+        notes.append("the head starts fresh")
         own = {k: v for k, v in own.items() if k not in head}
-    elif not head:
-        state = {k: v for k, v in state.items() if not k.startswith("head.")}
+        head = set()
+    state = {k: v for k, v in state.items() if k in head or not k.startswith("head.")}
     check_keys(path, state, own)
     model.load_state_dict(state, strict=False)
+    return f"loaded {path}: {', '.join(notes) or 'all weights as they are'}"
 
 
 def load_model(model: GreenMIM, path: str) -> None:
@@ -787,6 +796,7 @@ def resize_bias_table(table: Tensor, rows: int) -> Tensor:
 def export_state(model: SwinEncoder, naming: str) -> dict[str, Tensor]:
     """State dict that loads strictly into timm's or the official Swin of the same size."""
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = swap_merging(state) if model.config.release == "2022" else state
     if naming == "timm":
         stage = re.compile(r"layers\.(\d+)\.downsample")
         state = {
@@ -799,13 +809,15 @@ def export_state(model: SwinEncoder, naming: str) -> dict[str, Tensor]:
     nothing_hidden = plan_mask(model.config, np.zeros(model.config.units**2, bool))
     for i, layer in enumerate(model.layers):
         window, shift = model.config.window(i)
+        side = model.config.units * model.config.unit_tokens(i)
+        if side % window:
+            raise InputError(f"official Swin has no windows of {window} on maps of {side} tokens")
         for j in range(len(layer.blocks)):
             prefix = f"layers.{i}.blocks.{j}."
             index = nothing_hidden.windows[i][0].index[0]
             state[prefix + "attn.relative_position_index"] = torch.from_numpy(index)
             if shift and j % 2:
                 # Swin rolls the map, cuts it into whole windows and masks what the roll joined.
-                side = model.config.units * model.config.unit_tokens(i)
                 edge = (np.arange(side) >= side - window) * 1 + (np.arange(side) >= side - shift)
                 region = torch.from_numpy(3 * edge[:, None] + edge)
                 region = rearrange(region, "(h p) (w q) -> (h w) (p q)", p=window, q=window)
@@ -860,6 +872,13 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over all processes."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
     def say(self, line: str) -> None:
         if self.rank == 0:
@@ -1012,6 +1031,9 @@ def prepare(
     return cfg, loader, lr
 
 
+# ── training loop ───────────────────────────────────────────────────────────────────────
+
+
 def train(
     cfg: RunConfig,
     process: Process,
@@ -1045,18 +1067,14 @@ def train(
         content |= {"epoch": step // per_epoch, "step": step, "args": run}
         save_file(content, output / name)
 
-    if cfg.compile:
-        net = torch.compile(net)
-    if process.world_size > 1:
-        devices = [device] if device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, devices, gradient_as_bucket_view=True)
+    net = process.wrap(torch.compile(net) if cfg.compile else net)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     batches, saved, skipped, in_a_row = loader.batches(step, total), time.monotonic(), 0, 0
-    loss_sum, seconds, waits = torch.zeros((), device=device), [], []
+    loss_sum, seconds, waited = torch.zeros((), device=device), [], 0.0
     bar = tqdm(total=total, initial=step, disable=process.rank > 0 or not sys.stderr.isatty())
     while step < total and not process.sum(torch.tensor(float(stop.is_set()), device=device)):
-        started, wait = time.perf_counter(), 0.0
+        started = time.perf_counter()
         net.train()
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, group["lr_scale"])
@@ -1065,7 +1083,7 @@ def train(
         for micro in range(cfg.accum_iter):
             asked = time.perf_counter()
             images, labels = next(batches)
-            wait += time.perf_counter() - asked
+            waited += time.perf_counter() - asked
             images = data.normalize(images.to(device, non_blocking=True))
             labels = labels.to(device, non_blocking=True)
             alone = process.world_size > 1 and micro < cfg.accum_iter - 1
@@ -1077,35 +1095,31 @@ def train(
         finite = apply_gradients(optimizer, scaler, cfg.clip_grad)
         skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
         if in_a_row == 20:
-            raise SystemExit(f"20 steps in a row without a finite gradient; the last good "
-                             f"checkpoint is in {cfg.output_dir or 'no folder'}")  # fmt: skip
+            kept = output / "checkpoint-last.pth"
+            kept = kept if kept.exists() else "not written yet"
+            raise SystemExit(f"20 steps without a finite gradient; last good checkpoint: {kept}")
         step += 1
         bar.update()
         seconds.append(time.perf_counter() - started)
-        waits.append(wait)
-        speed = cfg.batch_size * cfg.accum_iter * process.world_size / statistics.median(seconds)
+        batch = cfg.batch_size * cfg.accum_iter * process.world_size
+        speed = batch / statistics.median(seconds[-99:])
         if step % cfg.log_every == 0 and bar.disable:
             mean = loss_sum.item() / len(seconds)
             process.say(f"step {step}/{total}: loss {mean:.4f}, {speed:.1f} images/s")
         if step % per_epoch == 0:
             epoch = step // per_epoch - 1
-            record = {
-                "epoch": epoch,
-                "train_loss": process.sum(loss_sum).item() / process.world_size / len(seconds),
-                "train_lr": max(group["lr"] for group in optimizer.param_groups),
-                "images_per_second": speed,
-                "data_wait": sum(waits) / sum(seconds),
-                "memory_gb": memory_gb(device),
-                "skipped_steps": skipped,
-                "unreadable_images": loader.unreadable,
-            }
-            record |= end_of_epoch(epoch)
+            loss = process.sum(loss_sum).item() / process.world_size / len(seconds)
+            learning_rate = max(group["lr"] for group in optimizer.param_groups)
+            record = {"epoch": epoch, "train_loss": loss, "train_lr": learning_rate}
+            record |= {"images_per_second": speed, "data_wait": waited / sum(seconds)}
+            record |= {"memory_gb": memory_gb(device), "skipped_steps": skipped}
+            record |= {"unreadable_images": loader.unreadable} | end_of_epoch(epoch)
             process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
             if writes:
                 write_log(output, record)
                 if (epoch + 1) % cfg.save_freq == 0 or step == total:
                     save(f"checkpoint-{epoch}.pth")
-            loss_sum, seconds, waits = torch.zeros((), device=device), [], []
+            loss_sum, seconds, waited = torch.zeros((), device=device), [], 0.0
         if writes and (step % per_epoch == 0 or time.monotonic() - saved > 60 * cfg.save_every):
             save("checkpoint-last.pth")
             saved = time.monotonic()
@@ -1216,6 +1230,21 @@ class SwinClassifier(SwinEncoder):
         return self.head(super().forward(images).mean(1))
 
 
+def build_classifier(
+    cfg: FinetuneConfig, config: ModelConfig, num_classes: int, say: Callable[[str], None]
+) -> SwinClassifier:
+    """Classifier with the weights of `cfg`; for a linear probe only the head can learn."""
+    model = SwinClassifier(config, num_classes, cfg.drop_path)
+    if cfg.weights:
+        say(load_encoder(model, cfg.weights, cfg.release))
+    if cfg.linear_probe:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    for layer in model.layers:
+        layer.grad_checkpoint = cfg.grad_checkpoint
+    return model
+
+
 @torch.no_grad()
 def accuracy(
     model: nn.Module, process: Process, source: data.ImageFiles, batch_size: int, workers: int
@@ -1258,24 +1287,16 @@ def finetune(cfg: FinetuneConfig) -> dict:
         policy = augment.RandAugment(cfg.aa) if cfg.aa else None
     except ValueError as error:
         raise InputError(f"--aa: {error}") from None
-    mixing = cfg.mixup > 0 or cfg.cutmix > 0
-    scale = (cfg.crop_min, 1.0)
-    crop = data.TrainCrop(config.input_size, scale, augment=policy, fast_decode=cfg.fast_decode)
+    crop = data.TrainCrop(
+        config.input_size, (cfg.crop_min, 1.0), augment=policy, fast_decode=cfg.fast_decode
+    )
     cfg, loader, lr = prepare(cfg, process, source, crop, 512)
-    if mixing and cfg.batch_size % 2:
+    if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
         raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
     mixup = augment.Mixup(cfg.mixup, cfg.cutmix, smoothing=cfg.smoothing, num_classes=num_classes)
 
     torch.manual_seed(cfg.seed)
-    model = SwinClassifier(config, num_classes, cfg.drop_path)
-    if cfg.weights:
-        load_encoder(model, cfg.weights, cfg.release)
-    if cfg.linear_probe:
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
-    for layer in model.layers:
-        layer.grad_checkpoint = cfg.grad_checkpoint
-    model.to(process.device)
+    model = build_classifier(cfg, config, num_classes, process.say).to(process.device)
     groups = parameter_groups(model, cfg.weight_decay, config.depths, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr, fused=process.device.type != "mps")
     parts, judged = {"model": model, "optimizer": optimizer}, model
@@ -1366,7 +1387,7 @@ def evaluate(cfg: UseConfig) -> dict:
     classes = file.get("args", {}).get("classes", source.classes)
     check_classes(classes, source.classes, len(head))
     model = SwinClassifier(replace(config, release="corrected"), len(head))
-    load_encoder(model, cfg.weights, config.release)
+    process.say(load_encoder(model, cfg.weights, config.release))
     workers = cfg.num_workers or 0
     result = accuracy(model.to(process.device), process, source, cfg.batch_size, workers)
     process.say(json.dumps(result))
@@ -1393,7 +1414,7 @@ def draw_reconstructions(model: GreenMIM, pixels: Tensor, plan: MaskPlan) -> Ima
     layout = "b k (h w) (p q) c -> (b h p) (k w q) c"
     grid = rearrange(rows, layout, h=model.config.units, p=size).clamp(0, 1) * 255
     picture = Image.fromarray(grid.round().byte().cpu().numpy())
-    zoom = max(1, 160 // pixels.shape[-1])
+    zoom = -(-160 // pixels.shape[-1])  # room for the labels
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
     labelled = Image.new("RGB", (picture.width, picture.height + 16), "white")
     labelled.paste(picture, (0, 16))
@@ -1424,7 +1445,7 @@ def export(cfg: UseConfig) -> None:
     file, config = open_weights(cfg)
     head, plain = swin_names(file["model"]).get("head.weight"), replace(config, release="corrected")
     model = SwinEncoder(plain) if head is None else SwinClassifier(plain, len(head))
-    load_encoder(model, cfg.weights, config.release)
+    print(load_encoder(model, cfg.weights, config.release))
     state = export_state(model, cfg.naming)
     output = Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
     safe = output.suffix == ".safetensors"
@@ -1438,7 +1459,7 @@ def features(cfg: UseConfig) -> None:
     process = setup_process(cfg.device, cfg.dtype)
     _, config = open_weights(cfg)
     model = SwinEncoder(replace(config, release="corrected"))
-    load_encoder(model, cfg.weights, config.release)
+    process.say(load_encoder(model, cfg.weights, config.release))
     model.to(process.device).eval()
     source, found = open_images(cfg.data_path), {}
     crop = data.EvalCrop(config.input_size)
@@ -1467,7 +1488,7 @@ def demo(cfg: UseConfig) -> None:
     """Pre-train a small model on built-in images; fine-tune it and a from-scratch twin."""
     began, output = time.monotonic(), Path(cfg.output or "output/demo")
     both = {"model": "swin_demo", "seed": cfg.seed, "device": cfg.device, "num_workers": 1,
-            "resume": "none", "crop_min": 0.6, "lr": 2e-3}  # fmt: skip
+            "resume": "none", "crop_min": 0.6, "lr": 2e-3, "log_every": 1000}  # fmt: skip
     config = model_config("swin_demo")
     torch.manual_seed(cfg.seed)
     # The twin starts where pre-training starts, so that only pre-training tells them apart.

@@ -153,8 +153,11 @@ class DrawnImages(ImageFiles):
         random = np.random.default_rng(list(self.name(index).encode())).random
         background = random(3)
         colours = background, (background + 0.3 + 0.4 * random(3)) % 1
-        texture = (_texture(random, self.size) * (random(3) - 0.5) for _ in colours)
-        image, foreground = (c + k * t for c, k, t in zip(colours, (0.5, 0.2), texture, strict=True))
+        strengths = (0.5, 0.2) * (random((2, 3)) - 0.5).T  # the ground is the busier one
+        image, foreground = (
+            colour + _texture(random, self.size) * strength
+            for colour, strength in zip(colours, strengths.T, strict=True)
+        )
         y, x = np.ogrid[-1 : 1 : self.size * 1j, -1 : 1 : self.size * 1j]
         radius, angle = 0.55 + 0.3 * random(), 0.5 * (2 * random() - 1)
         cx, cy = 0.7 * (1 - 0.9 * radius) * (2 * random(2) - 1)

@@ -1,18 +1,15 @@
 """Speed and memory of every method on this machine, each beside its dense baseline.
 
-Run by hand, on a quiet machine:
+Run by hand, on a quiet machine; the tables are Markdown:
 
-    python -m tests.benchmark                                everything, Swin-B, a quarter of an hour
+    python -m tests.benchmark                                  everything, Swin-B
     python -m tests.benchmark greenmim --dtype fp32 --profile
-    python -m tests.benchmark loader grouping dense --steps 20
+    python -m tests.benchmark dense grouping loader --steps 20
 
-Topics: a method's name times its training step and its baselines' (`greenmim`); `dense` compares
-two ways to cut windows where nothing is masked; `grouping` the rules that pack windows; `loader`
-the images per second of one core. Tables are Markdown. To add a method, write functions that
-return a `Workload` and list them in METHODS, the method itself first.
-
-Every time is a median. Matrix products are timed between the steps, so that a share compares
-two figures of the same minute.
+Topics: a method's name times its training step beside its baselines'; `dense` two ways to cut
+windows where nothing is masked; `grouping` the rules that pack windows; `loader` one core's images
+per second. Times are medians. A further method is a function that returns its `Workload`, listed
+in METHODS. Matrix products are timed between the steps: a share compares figures of one minute.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,8 +43,7 @@ from common import data, grouping
 
 WARM_UP = 2
 MASK_RATIO = 0.75
-PARTS = ("planning", "data", "forward", "backward", "optimizer")
-RELEASED_GFLOP = {"swin_b": 24.5}  # an image through the released code, forward and backward
+RELEASED_GFLOP = {"swin_b": 24.5}  # per image through the released code, forward and backward
 
 # ── measuring ───────────────────────────────────────────────────────────────────────────
 
@@ -59,12 +54,28 @@ class Workload:
 
     label: str
     model: nn.Module
-    optimizer: torch.optim.Optimizer
     input_size: int
     plan: Callable[[int], object]  # step number -> what the host prepares, NumPy arrays
     loss: Callable[[Tensor, object], Tensor]  # (normalised images, plan on the device) -> loss
-    gflop: float | None = None  # per image, a fixed reading to compare speeds by
+    gflop: float | None = None  # per image: a fixed reading to compare speeds by
     slowness: int = 1  # the number of steps is divided by this
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print an aligned Markdown table; floats get three digits."""
+
+    def form(value: object) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+    cells = [[form(value) for value in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    print(f"\n### {title}\n")
+    for first, *others in cells:
+        right = (v.rjust(w) for v, w in zip(others, widths[1:], strict=True))
+        print("|", " | ".join([first.ljust(widths[0]), *right]), "|", flush=True)
 
 
 def clock(device: torch.device) -> float:
@@ -85,20 +96,15 @@ def product_rate(process: greenmim.Process) -> float:
     return repeats * 2 * size**3 / (clock(process.device) - started)
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak of the device, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def run_step(
-    work: Workload, process: greenmim.Process, pixels: Tensor, number: int
-) -> dict[str, float]:
-    """Seconds of each of PARTS of a training step, waiting for the device after each."""
-    device = process.device
+    work: Workload, optimizer: torch.optim.Optimizer, process: greenmim.Process, number: int,
+    pixels: Tensor,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of each part of a step as `greenmim.train` does it and of all; peak memory in GB."""
+    device, parts = process.device, ("planning", "data", "forward", "backward", "optimizer")
     scaler = torch.amp.GradScaler(device.type, enabled=False)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of the matrix products between the steps
     marks = [clock(device)]
     plan = work.plan(number)
     marks.append(clock(device))
@@ -110,70 +116,64 @@ def run_step(
     marks.append(clock(device))
     loss.backward()
     marks.append(clock(device))
-    if not greenmim.apply_gradients(work.optimizer, scaler, None):
+    if not greenmim.apply_gradients(optimizer, scaler, None):
         raise RuntimeError(f"{work.label}: a gradient is not finite, so no step was taken")
     marks.append(clock(device))
-    return dict(zip(PARTS, np.diff(marks).tolist(), strict=True))
+    split = dict(zip(parts, np.diff(marks).tolist(), strict=True))
+    # Training plans on a thread: beside a GPU that is free, on a CPU it takes a core's time.
+    step = marks[-1] - marks[1 if device.type == "cuda" else 0]
+    return split | {"step": step, "memory": greenmim.memory_gb(device)}
 
 
-def step_seconds(split: dict[str, float], device: torch.device) -> float:
-    """A CPU plans on the cores that train; beside a GPU, planning costs nothing (see pretrain)."""
-    return sum(split.values()) - (split["planning"] if device.type == "cuda" else 0.0)
+def kind(operator: str) -> str:
+    """What an operator works for; "" if it neither multiplies matrices nor attends."""
+    if operator in ("mm", "addmm", "_addmm_activation", "mkldnn_linear"):
+        return "matrix product"
+    attention = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data")
+    return "attention" if operator in attention or "attention" in operator else ""
+
+
+def print_profile(title: str, step: Callable[[], dict[str, float]], cuda: bool) -> None:
+    """The longest operators of a step, and what neither multiplies, attends nor optimizes."""
+    with torch.profiler.profile() as profiler:
+        split = step()
+    field = f"self_{'device' if cuda else 'cpu'}_time_total"  # microseconds
+    operators = [e for e in profiler.key_averages() if e.key.startswith("aten::")]
+    seconds = {e.key[6:]: getattr(e, field) / 1e6 for e in operators}
+    longest = sorted(seconds, key=seconds.get, reverse=True)[:12]
+    rows = [[k, kind(k), 1e3 * seconds[k], f"{seconds[k] / split['step']:.1%}"] for k in longest]
+    table(f"{title}: longest operators", ["operator", "works for", "ms", "of the step"], rows)
+    useful = sum(s for k, s in seconds.items() if kind(k)) + split["optimizer"]
+    print(f"\n{1 - useful / split['step']:.1%} of this step is outside matrix products, attention "
+          "(products and softmax) and the optimizer.")  # fmt: skip
 
 
 def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace) -> dict:
-    """One row of a method's table."""
-    pixels = torch.randint(256, (args.batch_size, 3, work.input_size, work.input_size))
-    pixels = pixels.to(torch.uint8)
-    work.model.train()
-    rates, splits = [product_rate(process)], []
+    """A row of a method's table, and the numbers to compare rows by."""
+    device, batch, size = process.device, args.batch_size, work.input_size
+    pixels = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
+    groups = greenmim.parameter_groups(work.model.train(), 0.05)
+    optimizer = torch.optim.AdamW(groups, 1e-4, (0.9, 0.95), fused=True)
+    step = partial(run_step, work, optimizer, process, pixels=pixels)
+    splits, rates = [], [product_rate(process)]
     for number in range(WARM_UP + max(1, args.steps // work.slowness)):
-        splits.append(run_step(work, process, pixels, number))
+        splits.append(step(number))
         rates.append(product_rate(process))
-    memory, device = peak_memory_gb(process.device), process.device
-    seconds = statistics.median(step_seconds(s, device) for s in splits[WARM_UP:])
+    memory, rate = max(s["memory"] for s in splits), statistics.median(rates)
+    split = {part: statistics.median(s[part] for s in splits[WARM_UP:]) for part in splits[0]}
     # The counter knows matrix products, so attention has to be made of them.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         plan = greenmim.to_device(work.plan(0), device)
         work.loss(data.normalize(pixels.to(device)), plan)
-    speed, rate = args.batch_size / seconds, statistics.median(rates)
-    flop = 3 * counter.get_total_flops() / args.batch_size  # the backward pass has two products
-    return {
-        "label": work.label,
-        "images_per_second": speed,
-        "split": {part: statistics.median(s[part] for s in splits[WARM_UP:]) for part in PARTS},
-        "planning": statistics.median(s["planning"] for s in splits[WARM_UP:]) / seconds,
-        "memory_gb": memory,
-        "gmac": flop / 6e9,
-        "rate": rate,
-        "share": speed * flop / rate,
-        "fixed_share": speed * work.gflop * 1e9 / rate if work.gflop else None,
-        "profile": profile(work, process, pixels) if args.profile else None,
-    }
-
-
-def kind(operator: str) -> str:
-    """What an operator works for, "" for everything that neither multiplies nor attends."""
-    name = operator.removeprefix("aten::")
-    if name in ("mm", "addmm", "_addmm_activation", "mkldnn_linear"):
-        return "matrix product"
-    attention = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data")
-    return "attention" if name in attention or "attention" in name else ""
-
-
-def profile(work: Workload, process: greenmim.Process, pixels: Tensor) -> dict:
-    """Operators that take longest in a step, and the share that neither multiplies nor attends."""
-    with torch.profiler.profile() as profiler:  # the device too, where there is one
-        split = run_step(work, process, pixels, WARM_UP)
-    field = f"self_{'device' if process.device.type == 'cuda' else 'cpu'}_time_total"
-    operators = [e for e in profiler.key_averages() if e.key.startswith("aten::")]
-    seconds = {e.key: getattr(e, field) / 1e6 for e in operators}
-    total = step_seconds(split, process.device)
-    useful = split["optimizer"] + sum(s for name, s in seconds.items() if kind(name))
-    longest = sorted(seconds, key=seconds.get, reverse=True)[:12]
-    rows = [[name, kind(name), 1e3 * seconds[name], 100 * seconds[name] / total]
-            for name in longest]  # fmt: skip
-    return {"rows": rows, "outside": 1 - useful / total}
+    flop = counter.get_total_flops() / batch  # forward; the backward pass has twice as many
+    speed = batch / split["step"]
+    fixed = f"{speed * work.gflop * 1e9 / rate:.0%}" if work.gflop else ""
+    if args.profile:
+        print_profile(work.label, partial(step, 0), device.type == "cuda")
+    times = [split[part] for part in ("planning", "data", "forward", "backward", "optimizer")]
+    row = [speed, *times, f"{split['planning'] / split['step']:.1%}", memory, flop / 2e9,
+           rate / 1e9, f"{speed * 3 * flop / rate:.0%}", fixed]  # fmt: skip
+    return {"row": [work.label, *row], "speed": speed, "memory": memory, "rate": rate}
 
 
 # ── methods ─────────────────────────────────────────────────────────────────────────────
@@ -198,89 +198,64 @@ class DenseMIM(nn.Module):
         return F.l1_loss(prediction.index_select(1, hidden), target.index_select(1, hidden))
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of pre-training."""
-    return torch.optim.AdamW(greenmim.parameter_groups(model, 0.05), 1e-4, (0.9, 0.95), fused=True)
+def draw_mask(config: greenmim.ModelConfig, number: int) -> np.ndarray:
+    """(U,) bool, True = hidden: the mask of a pre-training step."""
+    noise = np.random.default_rng((0, number, 0, 1)).random(config.units**2, np.float32)
+    return greenmim.random_mask(noise, MASK_RATIO)
 
 
-def greenmim_workload(args: argparse.Namespace, device: torch.device) -> Workload:
+def greenmim_work(args: argparse.Namespace, device: torch.device) -> Workload:
     config = greenmim.model_config(args.model)
     model = greenmim.GreenMIM(config).to(device)
-
-    def plan(number: int) -> greenmim.MaskPlan:
-        return greenmim.draw_plan(config, MASK_RATIO, (0, number, 0, 1))
-
     return Workload(
-        f"GreenMIM, {config.input_size} px", model, adamw(model), config.input_size, plan,
-        lambda images, plan: model(images, plan)[0], RELEASED_GFLOP.get(args.model),
+        f"GreenMIM, {config.input_size} px", model, config.input_size,
+        plan=lambda number: greenmim.draw_plan(config, MASK_RATIO, (0, number, 0, 1)),
+        loss=lambda images, plan: model(images, plan)[0], gflop=RELEASED_GFLOP.get(args.model),
     )  # fmt: skip
 
 
-def dense_workload(args: argparse.Namespace, device: torch.device, small: bool) -> Workload:
+def dense_work(args: argparse.Namespace, device: torch.device, small: bool) -> Workload:
     config = greenmim.model_config(args.model)
     if small:  # 192 px and window 6 beside 224 and 7, as SimMIM pre-trains
         size = config.input_size - config.mask_unit
         window = round(config.window_size * size / config.input_size)
         config = greenmim.model_config(args.model, input_size=size, window_size=window)
     model = DenseMIM(config).to(device)
-
-    def plan(number: int) -> np.ndarray:
-        noise = np.random.default_rng(number).random(config.units**2)
-        return np.flatnonzero(greenmim.random_mask(noise, MASK_RATIO))
-
-    label = f"all tokens, {config.input_size} px"
-    return Workload(label, model, adamw(model), config.input_size, plan, model, slowness=3)
+    return Workload(
+        f"all tokens, {config.input_size} px", model, config.input_size,
+        plan=lambda number: np.flatnonzero(draw_mask(config, number)), loss=model, slowness=3,
+    )  # fmt: skip
 
 
 METHODS: dict[str, list[Callable[[argparse.Namespace, torch.device], Workload]]] = {
-    "greenmim": [
-        greenmim_workload, partial(dense_workload, small=False), partial(dense_workload, small=True)
-    ],
-}  # fmt: skip
-
-
-def child(args: argparse.Namespace) -> None:
-    """Measure one row and print it as JSON, in a process that has held nothing else."""
-    method, row, dtype = args.row.split(":")
-    process = greenmim.setup_process(args.device, dtype)
-    torch.manual_seed(0)
-    work = METHODS[method][int(row)](args, process.device)
-    print(json.dumps(measure(work, process, args)))
+    "greenmim": [greenmim_work, partial(dense_work, small=False), partial(dense_work, small=True)],
+}
 
 
 def method_topic(method: str, args: argparse.Namespace) -> None:
-    """A method's step beside its baselines."""
-    rows, profiles, rates = [], {}, []
+    """A method's step beside its baselines; a process each, so that peaks of memory are apart."""
+    rows, rates = [], []
     for dtype in args.dtype:
         results = []
-        for row in range(len(METHODS[method])):
+        for number in range(len(METHODS[method])):
             command = [sys.executable, "-m", "tests.benchmark", *args.argv]
-            command += ["--row", f"{method}:{row}:{dtype}"]
+            command += ["--row", f"{method}:{number}:{dtype}"]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            results.append(json.loads(output.splitlines()[-1]))
-        rates.append(f"{dtype} {statistics.median(r['rate'] for r in results) / 1e9:.0f}")
-        first = results[0]
-        for r in results:
-            fixed = f"{r['fixed_share']:.0%}" if r["fixed_share"] else ""
-            rows.append([
-                r["label"], dtype, r["images_per_second"],
-                f"{r['images_per_second'] / first['images_per_second']:.2f}",
-                *(r["split"][part] for part in PARTS), f"{r['planning']:.1%}",
-                r["memory_gb"], f"{r['memory_gb'] / first['memory_gb']:.2f}", r["gmac"],
-                r["rate"] / 1e9, f"{r['share']:.0%}", fixed,
-            ])  # fmt: skip
-            if r["profile"]:
-                profiles[f"{r['label']}, {dtype}"] = r["profile"]
-    header = ["step", "dtype", "images/s", "ratio", *(f"{part} s" for part in PARTS), "planning",
-              "peak GB", "ratio", "GMAC/image", "product GFLOP/s", "share", "fixed share"]  # fmt: skip
+            *profile, last = output.splitlines()
+            print(*profile, sep="\n", end="\n" if profile else "")
+            results.append(json.loads(last))
+            ratios = (f"{results[-1][k] / results[0][k]:.2f}" for k in ("speed", "memory"))
+            label, *values = results[-1]["row"]
+            rows.append([label, dtype, *values, *ratios])
+        rate = statistics.median(result["rate"] for result in results)
+        rates.append(f"{dtype} {rate / 1e9:.0f} GFLOP/s")
+    header = ["step", "dtype", "images/s", "planning s", "data s", "forward s", "backward s",
+              "optimizer s", "planning", "peak GB", "GMAC/image", "product GFLOP/s", "share",
+              "fixed share", "speed ratio", "memory ratio"]  # fmt: skip
     table(f"{method}, {args.model}, batch {args.batch_size}, {MASK_RATIO:.0%} hidden", header, rows)
-    print(f"\nPlain matrix products, timed between the steps: {', '.join(rates)} GFLOP/s. Share: of "
-          "that rate, by the multiply-adds counted in one forward pass, times three;\nfixed share: "
-          "by the FLOP of the released code. Ratios are to the first row of the dtype.")  # fmt: skip
-    for label, found in profiles.items():
-        table(f"{label}: longest operators", ["operator", "for", "ms", "% of step"], found["rows"])
-        print(f"\n{found['outside']:.1%} of the step is outside matrix products, attention (its "
-              "products and softmax) and the optimizer.")  # fmt: skip
+    print(f"\nPlain matrix products between the steps: {', '.join(rates)}. Share of that rate: by "
+          "the multiply-adds\ncounted in a forward pass, times three; fixed share: by the FLOP of "
+          "the released code. Ratios: to the first row of the dtype.")  # fmt: skip
 
 
 # ── dense windows ───────────────────────────────────────────────────────────────────────
@@ -289,91 +264,85 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
 class RolledWindowAttention(nn.Module):
     """Swin's attention by rolling and reshaping the map, with the weights of a grouped one."""
 
-    def __init__(self, attn: greenmim.GroupWindowAttention, side: int, window: int, shift: int):
+    def __init__(
+        self, attn: greenmim.GroupWindowAttention, side: int, window: int, shift: int
+    ) -> None:
         super().__init__()
         self.attn, self.side, self.window, self.shift = attn, side, window, shift
         y, x = np.divmod(np.arange(window**2), window)
         dy, dx = y[:, None] - y + window - 1, x[:, None] - x + window - 1
         self.register_buffer("index", torch.from_numpy(dy * (2 * window - 1) + dx).flatten())
-        edge = np.arange(side)  # after the roll, the last window of an axis holds two pieces
-        piece = (edge >= side - shift).astype(int) if shift else 0 * edge
-        regions = torch.from_numpy(2 * piece[:, None] + piece)
-        regions = rearrange(regions, "(y p) (x q) -> (y x) (p q)", p=window, q=window)
-        apart = regions[:, :, None] != regions[:, None, :]
+        wrapped = torch.arange(side) >= side - shift  # after the roll
+        piece = rearrange(2 * wrapped[:, None] + wrapped.int(), "(y p) (x q) -> (y x) (p q)",
+                          p=window, q=window)  # fmt: skip
+        apart = (piece[:, :, None] != piece[:, None, :]).unsqueeze(1)
         self.register_buffer("mask", torch.zeros(apart.shape).masked_fill(apart, -np.inf))
 
     def forward(self, x: Tensor, _: object = None) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
-        attn, size = self.attn, {"p": self.window, "q": self.window}
-        across, heads = self.side // self.window, {"h": attn.num_heads}
+        attn, s, size = self.attn, self.shift, {"p": self.window, "q": self.window}
+        across, heads = self.side // self.window, attn.num_heads
         x = rearrange(x, "b (h w) c -> b h w c", h=self.side)
-        if self.shift:
-            x = x.roll((-self.shift, -self.shift), (1, 2))
+        x = x.roll((-s, -s), (1, 2)) if s else x
         x = attn.qkv(rearrange(x, "b (y p) (x q) c -> b (y x) (p q) c", **size))
         bias = attn.relative_position_bias_table[self.index]
         bias = rearrange(bias, "(s t) h -> h s t", s=self.window**2)
-        # Only a shifted map needs a bias for each window.
-        inside = "(b w) h s d" if not self.shift else "b (w h) s d"
-        q, k, v = rearrange(x, f"b w s (three h d) -> three {inside}", three=3, **heads)
-        if self.shift:
-            bias = (bias + self.mask[:, None]).flatten(0, 1)  # (windows * h, s, s)
+        bias = (bias + self.mask).flatten(0, 1) if s else bias
+        layout = "b (w h) s d" if s else "(b w) h s d"  # only a shift needs a bias for each window
+        q, k, v = rearrange(x, f"b w s (three h d) -> three {layout}", three=3, h=heads)
         x = greenmim.attend(q, k, v, bias.unsqueeze(0))
-        x = rearrange(x, f"{inside} -> b w s (h d)", w=across**2, **heads)
-        x = rearrange(attn.proj(x), "b (y x) (p q) c -> b (y p) (x q) c", y=across, **size)
-        if self.shift:
-            x = x.roll((self.shift, self.shift), (1, 2))
+        x = attn.proj(rearrange(x, f"{layout} -> b w s (h d)", w=across**2, h=heads))
+        x = rearrange(x, "b (y x) (p q) c -> b (y p) (x q) c", y=across, **size)
+        x = x.roll((s, s), (1, 2)) if s else x
         return rearrange(x, "b h w c -> b (h w) c")
 
 
 def dense_stage(
     config: greenmim.ModelConfig, stage: int, process: greenmim.Process, args: argparse.Namespace
-) -> tuple[list[float], int]:
-    """Median seconds of a plain and a shifted block, grouped and rolled; the number of blocks."""
+) -> np.ndarray:
+    """Seconds of a block, forward and backward, grouped and rolled; mean of plain and shifted."""
     window, shift = config.window(stage)
-    side = config.units * config.unit_tokens(stage)
+    side, device = config.units * config.unit_tokens(stage), process.device
     if side % window:
-        raise data.InputError(f"dense: {side} tokens are not whole windows of {window}")
-    device, dim = process.device, config.embed_dim * 2**stage
-    shifts = (0, shift) if shift else (0,)
-    plans = greenmim.to_device(greenmim.plan_mask(config, np.zeros(config.units**2, bool)), device)
-    blocks = greenmim.SwinEncoder(config).layers[stage].blocks[: len(shifts)].to(device)
+        raise data.InputError(f"dense: a map of {side} tokens is not cut evenly by {window}")
+    plan = greenmim.plan_mask(config, np.zeros(config.units**2, bool))
+    plans = greenmim.to_device(plan.windows[stage], device)
+    blocks = greenmim.SwinEncoder(config).layers[stage].blocks[: len(plans)].to(device)
+    for block in blocks:  # large enough for a wrong bias to show
+        nn.init.normal_(block.attn.relative_position_bias_table)
     grouped = [block.attn for block in blocks]
-    for attn in grouped:  # large enough for a wrong bias to show
-        nn.init.normal_(attn.relative_position_bias_table)
-    rolled = [RolledWindowAttention(attn, side, window, s).to(device)
-              for attn, s in zip(grouped, shifts, strict=True)]  # fmt: skip
-    x = torch.randn(args.batch_size, side**2, dim, device=device, requires_grad=True)
-    gradient, seconds, outputs = torch.randn_like(x), ([], []), [None, None]
+    rolled = [RolledWindowAttention(attn, side, window, shift * i).to(device)
+              for i, attn in enumerate(grouped)]  # fmt: skip
+    x = torch.randn(args.batch_size, side**2, blocks[0].norm1.weight.numel(), device=device)
+    gradient, seconds, outputs = torch.randn_like(x), ([], []), {}
     for _ in range(WARM_UP + args.steps):
         for path, attentions in enumerate((grouped, rolled)):
-            started, y = clock(device), x
+            started, y = clock(device), x.detach().requires_grad_()
             with process.autocast():
-                for block, attn, plan in zip(blocks, attentions, plans.windows[stage], strict=True):
+                for block, attn, plan in zip(blocks, attentions, plans, strict=True):
                     block.attn = attn
                     y = block(y, plan)
             outputs[path] = y.detach()
             y.backward(gradient)
             seconds[path].append(clock(device) - started)
-    if process.dtype is torch.float32 and device.type == "cpu":  # others round too coarsely
-        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-    return [statistics.median(s[WARM_UP:]) for s in seconds], len(blocks)
+    if process.dtype is torch.float32 and device.type == "cpu":  # bf16 and TF32 round too coarsely
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    return np.median(np.array(seconds)[:, WARM_UP:], axis=1) / len(blocks)
 
 
 def dense_topic(args: argparse.Namespace) -> None:
     """Is one way to cut windows enough: the grouped gather where nothing is masked?"""
     config, rows = greenmim.model_config(args.model), []
     for dtype in args.dtype:
-        process, totals = greenmim.setup_process(args.device, dtype), np.zeros(2)
+        process, total = greenmim.setup_process(args.device, dtype), np.zeros(2)
         for stage, depth in enumerate(config.depths):
-            seconds, blocks = dense_stage(config, stage, process, args)
-            totals += np.array(seconds) * depth / blocks
-            times = (1e3 * s / blocks for s in seconds)
-            rows.append([f"{stage + 1}", dtype, depth, *times, f"{seconds[0] / seconds[1]:.2f}"])
-        rows.append(["all blocks", dtype, sum(config.depths), *(1e3 * totals),
-                     f"{totals[0] / totals[1]:.2f}"])  # fmt: skip
-    header = ["stage", "dtype", "blocks", "grouped ms/block", "rolled ms/block", "grouped / rolled"]
-    table(f"dense, {args.model}, batch {args.batch_size}: forward and backward", header, rows)
-    print("\nThe last row of a dtype is the sum over all blocks.")
+            times = 1e3 * dense_stage(config, stage, process, args)
+            rows.append([f"{stage + 1}", dtype, depth, *times, f"{times[0] / times[1]:.2f}"])
+            total += depth * times
+        depth = sum(config.depths)
+        rows.append(["sum over blocks", dtype, depth, *total, f"{total[0] / total[1]:.2f}"])
+    table(f"dense, {args.model}, batch {args.batch_size}: a block, forward and backward",
+          ["stage", "dtype", "blocks", "grouped ms", "rolled ms", "ratio"], rows)  # fmt: skip
 
 
 # ── grouping ────────────────────────────────────────────────────────────────────────────
@@ -391,82 +360,77 @@ def sizings(channels: int) -> dict[str, grouping.Sizing]:
     }
 
 
-def attention_seconds(
+def attention_ms(
     attn: nn.Module, x: Tensor, plan: grouping.GroupPlan, process: greenmim.Process
 ) -> float:
     """Forward and backward of one attention layer, projections included."""
-    plan = greenmim.to_device(plan, process.device)
-    started = clock(process.device)
-    with process.autocast():
-        y = attn(x, plan)
-    y.backward(torch.ones_like(y))
-    return clock(process.device) - started
+    for _ in range(2):  # the first call may compile kernels for a new shape
+        started = clock(process.device)
+        with process.autocast():
+            y = attn(x, plan)
+        y.backward(torch.ones_like(y))
+    return 1e3 * (clock(process.device) - started)
 
 
-def stage_records(
+def stage_costs(
     config: greenmim.ModelConfig, stage: int, args: argparse.Namespace
 ) -> dict[tuple[int, str], np.ndarray]:
-    """(shift, rule) -> (masks, columns): size, groups, padding, n g^2, seconds to plan, to attend.
-
-    The masks are those of the method's own table, less the warm-up.
-    """
-    window, shift = config.window(stage)
-    dim, k = config.embed_dim * 2**stage, config.unit_tokens(stage)
+    """(shift, rule) -> (masks, columns): slots, groups, padding, n g^2, ms to plan, to attend."""
+    (window, shift), k = config.window(stage), config.unit_tokens(stage)
+    dim, costs = config.embed_dim * 2**stage, defaultdict(list)
     processes = [greenmim.setup_process(args.device, dtype) for dtype in args.dtype]
     device = processes[0].device
     attn = greenmim.GroupWindowAttention(dim, config.num_heads[stage], window).to(device)
-    records = defaultdict(list)
     for number in range(WARM_UP + args.masks):
-        noise = np.random.default_rng((0, number, 0, 1)).random(config.units**2, np.float32)
-        keep = ~greenmim.random_mask(noise, MASK_RATIO).reshape(config.units, config.units)
+        keep = ~draw_mask(config, number).reshape(config.units, config.units)
         rows, columns = np.nonzero(keep.repeat(k, 0).repeat(k, 1))
         x = torch.randn(args.batch_size, len(rows), dim, device=device, requires_grad=True)
-        for s in (0, shift) if shift else (0,):
+        for s in sorted({0, shift}):
             ids = grouping.window_ids(rows, columns, window, s)
             for name, rule in sizings(dim).items():
                 started = time.perf_counter()
                 plan = grouping.plan_groups(rows, columns, ids, window, rule)
-                planning = time.perf_counter() - started
+                planning = 1e3 * (time.perf_counter() - started)
                 groups, _, size, _ = plan.bias.shape
-                layout = [size, groups, groups * size - len(rows), groups * size**2]
-                attending = [attention_seconds(attn, x, plan, p) for p in processes]
-                records[s, name].append([*layout, planning, *attending])
-    return {key: np.array(found[WARM_UP:]) for key, found in records.items()}
+                shape = [size, groups, groups * size - len(rows), groups * size**2]
+                plan = greenmim.to_device(plan, device)
+                attending = [attention_ms(attn, x, plan, process) for process in processes]
+                costs[s, name].append([*shape, planning, *attending])
+    return {key: np.array(found[WARM_UP:]) for key, found in costs.items()}
 
 
 def grouping_topic(args: argparse.Namespace) -> None:
-    """What each rule of packing windows costs, counted and timed."""
-    base = greenmim.model_config(args.model)
-    timed = [f"attention ms, {dtype}" for dtype in args.dtype]
-    for window in (base.window_size, 2 * base.window_size):
-        config = greenmim.model_config(args.model, window_size=window)
-        rows, totals = [], defaultdict(float)
+    """What each rule of packing windows costs, counted (means) and timed (medians)."""
+    timed = ["planning ms", *(f"attention ms, {dtype}" for dtype in args.dtype)]
+    usual = greenmim.model_config(args.model).window_size
+    for window in (usual, 2 * usual):
+        config, rows = greenmim.model_config(args.model, window_size=window), []
+        totals = defaultdict(float)
         for stage, depth in enumerate(config.depths):
-            records = stage_records(config, stage, args)
-            shifts = sorted({s for s, _ in records})
-            for (s, name), found in records.items():
+            costs = stage_costs(config, stage, args)
+            shifts = sorted({s for s, _ in costs})
+            for (s, name), found in costs.items():
                 size, groups, padding, cost = found[:, :4].mean(0)
-                planning, *attending = 1e3 * np.median(found[:, 4:], 0)
-                span = f"{size:.1f} ({found[:, 0].min():.0f}-{found[:, 0].max():.0f})"
-                rows.append([f"{stage + 1}, shift {s}", name, span, groups, padding, f"{cost:.0f}",
-                             planning, *attending])  # fmt: skip
-                # Blocks alternate between the shifts; a plan is made once and serves all of them.
+                times = np.median(found[:, 4:], axis=0)
+                slots = f"{size:.1f} ({found[:, 0].min():.0f}-{found[:, 0].max():.0f})"
+                place = f"{stage + 1}, shift {s}"
+                rows.append([place, name, slots, groups, padding, f"{cost:.0f}", *times])
+                # Blocks alternate between the shifts; they all share the plan made once.
                 blocks = len(range(shifts.index(s), depth, len(shifts)))
-                totals[name] += np.array([blocks * cost, planning, *(blocks * t for t in attending)])
-        title = f"grouping, {args.model}, window {window}, {args.masks} masks, {MASK_RATIO:.0%}"
-        table(f"{title} hidden, batch {args.batch_size}", [
-            "stage", "rule", "slots g (range)", "groups n", "padding", "n g^2", "planning ms", *timed
-        ], rows)  # fmt: skip
-        table("the same, summed over the encoder's blocks", ["rule", "n g^2", "planning ms", *timed],
-              [[name, f"{total[0]:.0f}", *total[1:]] for name, total in totals.items()])  # fmt: skip
+                totals[name] += np.array([blocks * cost, times[0], *blocks * times[1:]])
+        table(f"grouping, {args.model}, window {window}, batch {args.batch_size}, {args.masks} "
+              f"masks, {MASK_RATIO:.0%} hidden", ["stage", "rule", "slots g (range)", "groups n",
+              "padding", "n g^2", *timed], rows)  # fmt: skip
+        sums = [[name, f"{cost:.0f}", *times] for name, (cost, *times) in totals.items()]
+        table(f"grouping, window {window}, over all blocks", ["rule", "n g^2", *timed], sums)
 
 
 # ── loader ──────────────────────────────────────────────────────────────────────────────
 
 
 def write_photographs(folder: Path, count: int = 64) -> float:
-    """500x375 JPEGs of drawn shapes and noise, which sets the size of the files; their mean KB."""
-    source, rng, folder = data.DrawnImages("train", count, 500), np.random.default_rng(0), folder
+    """500x375 JPEGs of drawn shapes under noise, which makes files so large; their mean in KB."""
+    source, rng = data.DrawnImages("train", count, 500), np.random.default_rng(0)
     folder.mkdir()
     for index in range(count):
         pixels = np.asarray(source.open(index))[:375]
@@ -480,22 +444,21 @@ def pillow_crop(image: Image.Image, rng: np.random.Generator, size: int) -> np.n
     top, left, h, w = data.sample_crop(image.height, image.width, (0.2, 1.0), rng)
     image = image.convert("RGB").crop((left, top, left + w, top + h))
     image = image.resize((size, size), Image.Resampling.BICUBIC)
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
+    flipped = rng.random() < 0.5
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image)
 
 
-def pass_seconds(source: data.ImageFiles, crop: data.Transform) -> float:
-    """Seconds to read and crop every image once."""
+def pass_rate(source: data.ImageFiles, crop: data.Transform) -> float:
+    """Images per second of one pass in this process."""
     started = time.perf_counter()
     for index in range(len(source)):
         with source.open(index) as image:
             crop(image, np.random.default_rng(index))
-    return time.perf_counter() - started
+    return len(source) / (time.perf_counter() - started)
 
 
 def loader_rate(source: data.ImageFiles, size: int, workers: int) -> float:
-    """Images per second of TrainLoader with `workers` processes, from the first batch on."""
+    """Images per second of TrainLoader, from its first batch on."""
     loader = data.TrainLoader(source, data.TrainCrop(size), batch_size=16, num_workers=workers)
     batches = loader.batches(0, len(loader))
     next(batches)
@@ -507,73 +470,52 @@ def loader_rate(source: data.ImageFiles, size: int, workers: int) -> float:
 def loader_topic(args: argparse.Namespace) -> None:
     """Images per second from files to uint8 tensors."""
     threads, rows = torch.get_num_threads(), []
-    torch.set_num_threads(1)  # the figures are for a core, as in a worker
+    torch.set_num_threads(1)  # as in a worker
     with tempfile.TemporaryDirectory() as folder:
         photographs, copies = Path(folder, "photographs"), Path(folder, "copies")
         kilobytes = write_photographs(photographs)
         shrink = [sys.executable, "-m", "common.data", "shrink", str(photographs), str(copies)]
         subprocess.run(shrink, capture_output=True, check=True)
-        large, small = (data.find_images(path) for path in (photographs, copies))
-        # Long enough for the workers' first batches not to matter.
+        large, small = data.find_images(photographs), data.find_images(copies)
+        # Many enough for what the workers have ready at the first batch not to matter.
         many = data.ImageFiles([large.name(i) for i in range(len(large))] * 8)
         for size in (128, 160, 192, 224):
             ours, pillow = data.TrainCrop(size), partial(pillow_crop, size=size)
-            passes = [[pass_seconds(*task) for task in ((large, pillow), (large, ours),
-                       (small, ours))] for _ in range(1 + args.steps)]  # fmt: skip
-            rates = len(large) / np.median(passes[1:], axis=0)
+            tasks = ((large, pillow), (large, ours), (small, ours))
+            rates = [[pass_rate(*task) for task in tasks] for _ in range(1 + args.steps)]
+            plain, full, copied = np.median(rates[1:], axis=0)
             workers = [loader_rate(many, size, workers) for workers in (1, 2)]
-            rows.append([f"{size}", *rates, f"{rates[1] / rates[0]:.2f}",
-                         f"{rates[2] / rates[1]:.2f}", *workers])  # fmt: skip
+            rows.append([f"{size}", plain, full, f"{full / plain:.2f}", copied,
+                         f"{copied / full:.2f}", *workers])  # fmt: skip
     torch.set_num_threads(threads)
-    table("loader, images/s of one core, and of the loader with workers", [
-        "pixels", "plain Pillow", "ours", "shrunk copies", "ours / Pillow", "copies / ours",
-        "1 worker", "2 workers",
-    ], rows)  # fmt: skip
-    print(f"\n500x375 JPEGs, quality 95, {kilobytes:.0f} KB each: drawn images with noise, so that "
-          "decoding takes as long as a photograph's;\ncopies have short sides of 160. No "
-          "augmentation but the random crop and the flip of pre-training.")  # fmt: skip
+    table("loader, images/s: one core, then TrainLoader with workers", [
+        "pixels", "plain Pillow", "ours", "to Pillow", "ours, shrunk copies", "to full size",
+        "1 worker", "2 workers"], rows)  # fmt: skip
+    print(f"\n500x375 JPEGs of quality 95: drawn images under noise, {kilobytes:.0f} KB each like "
+          "photographs, so that they decode as slowly.\nShrunk: short side 160. Random crop and "
+          "flip of pre-training. Workers read the full size.")  # fmt: skip
 
 
 # ── command line ────────────────────────────────────────────────────────────────────────
 
-TOPICS = {method: partial(method_topic, method) for method in METHODS} | {
-    "dense": dense_topic,
-    "grouping": grouping_topic,
-    "loader": loader_topic,
-}
-
-
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print an aligned Markdown table; floats with three significant digits."""
-
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
-        return str(value)
-
-    cells = [[str(name) for name in header], *([cell(v) for v in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-    print(f"\n### {title}\n")
-    for row in cells:
-        padded = (v.rjust(w) if i else v.ljust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True)))
-        print(f"| {' | '.join(padded)} |", flush=True)
+TOPICS: dict[str, Callable[[argparse.Namespace], None]] = {
+    **{method: partial(method_topic, method) for method in METHODS},
+    "dense": dense_topic, "grouping": grouping_topic, "loader": loader_topic,
+}  # fmt: skip
 
 
 def machine() -> str:
-    """Processor, threads, torch and GPU in a line."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
-    parts = [f"{name}, {os.cpu_count()} CPUs", f"{torch.get_num_threads()} threads"]
-    parts += [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
-    if torch.cuda.is_available():
-        parts.append(torch.cuda.get_device_name())
-    return "; ".join(parts)
+    """Processor, threads, versions and GPU in a line."""
+    name, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists() and "model name" in (text := info.read_text()):
+        name = text.split("model name", 1)[1].split("\n")[0].strip("\t :")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (f"{name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; {gpu}; "
+            f"torch {torch.__version__}, Python {platform.python_version()}")  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
+    """Print the tables of the topics asked for; with --row, measure one row of a method."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmark", allow_abbrev=False)
     parser.add_argument("topics", nargs="*", metavar="TOPIC", help=f"of {', '.join(TOPICS)} [all]")
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
@@ -584,18 +526,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda [%(default)s]")
     parser.add_argument("--threads", type=int, help="of torch [its own choice]")
     parser.add_argument("--profile", action="store_true", help="list the longest operators")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # method:row:dtype, see `child`
+    parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if unknown := set(args.topics) - set(TOPICS):
         parser.error(f"unknown topic {', '.join(unknown)}; there are {', '.join(TOPICS)}")
-    args.argv = list(argv)
+    args.argv = argv
+    torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.row:
-        child(args)
+        method, number, dtype = args.row.split(":")
+        process = greenmim.setup_process(args.device, dtype)
+        work = METHODS[method][int(number)](args, process.device)
+        print(json.dumps(measure(work, process, args)))
         return 0
     print(machine())
-    # A method's rows come first: Linux counts the parent's memory in a child's peak.
+    # In this order, methods first: Linux counts a parent's memory in the peak of its children.
     for topic, function in TOPICS.items():
         if topic in (args.topics or TOPICS):
             function(args)

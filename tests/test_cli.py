@@ -587,18 +587,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def interrupt(words: Sequence[str], output: Path, step: int, number: int) -> tuple[int, str]:
+def interrupt(
+    words: Sequence[str], output: Path, step: int, number: int, kill: Callable = os.kill
+) -> tuple[int, str]:
     """Send a signal to a run once its checkpoint is at `step`; exit code and what it said."""
     words = [sys.executable, str(ROOT / "greenmim.py"), *words, "--output_dir", str(output)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(words, env=environment(), **pipes) as running:
+    with subprocess.Popen(words, env=environment(), start_new_session=True, **pipes) as running:
         watchdog = threading.Timer(TIMEOUT, running.kill)
         watchdog.start()
         try:
             path = output / "checkpoint-last.pth"
             while running.poll() is None and not (path.exists() and load(path)["step"] >= step):
                 time.sleep(0.01)
-            running.send_signal(number)
+            kill(running.pid, number)
             said, _ = running.communicate()
         finally:
             watchdog.cancel()
@@ -622,11 +624,13 @@ def test_sigkill_and_resume(
     assert [record["epoch"] for record in log(tmp_path / "out")] == [0, 1]
 
 
+# Slurm and torchrun send the signal to all processes, those that load images too.
+@pytest.mark.parametrize(("kill", "workers"), [(os.kill, 0), (os.killpg, 1)])
 def test_sigterm_saves_and_exits_cleanly(
-    uninterrupted: dict[str, Path], tmp_path: Path
+    kill: Callable, workers: int, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    words = LONG["pretrain"]
-    code, said = interrupt(words, tmp_path / "out", 5, signal.SIGTERM)
+    words = [*LONG["pretrain"], "--num_workers", str(workers)]
+    code, said = interrupt(words, tmp_path / "out", 5, signal.SIGTERM, kill)
     assert code == 0, said
     assert "Traceback" not in said and "the same command continues" in said
     assert 5 <= last(tmp_path / "out")["step"] < 48
@@ -1159,7 +1163,8 @@ BAD_USE = {
         "evaluate --weights {f}/best.pth --data_path {b}/other_classes", "ants bats",
     ),
     "evaluate another model": (
-        "evaluate --model swin_demo --weights {f}/best.pth --data_path {d}", "best.pth patch_embed.proj.weight",
+        "evaluate --model swin_demo --weights {f}/best.pth --data_path {d}",
+        "best.pth patch_embed.proj.weight",
     ),
     "evaluate truncated": ("evaluate --weights {b}/half.pth --data_path {d}", "half.pth"),
     "features of nothing": (

@@ -478,6 +478,7 @@ def check_recipe(meta: dict, arrays: dict[str, np.ndarray], *_: object) -> None:
     for name, layers in meta["finetune_layer_map"].items():
         check_layer_map(model_named(name), meta["finetune"], layers)
     check_key_map(meta)
+    check_optimizers(meta)
 
 
 def check_finetune_schedule(stored: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -536,6 +537,37 @@ def check_key_map(meta: dict) -> None:
     assert fresh == set(meta["fresh_keys"])
 
 
+class Built(Exception):
+    """Carries the optimizer out of a training command before its first step."""
+
+
+def optimizer_of(command: str) -> torch.optim.Optimizer:
+    """The optimizer of a dry run."""
+    real = torch.optim.AdamW
+
+    def stop(*args: object, **options: object) -> None:
+        raise Built(real(*args, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", stop)
+        with pytest.raises(Built) as built:
+            greenmim.main([command, "--model", "swin_test", "--device", "cpu"])
+    return built.value.args[0]
+
+
+def check_optimizers(meta: dict) -> None:
+    for command in ("pretrain", "finetune"):
+        stored = dict(meta[f"{command}_optimizer"])
+        optimizer = optimizer_of(command)
+        assert stored.pop("name") == type(optimizer).__name__
+        decays = {group["weight_decay"] for group in optimizer.param_groups}
+        assert decays == {0, stored.pop("weight_decay")}
+        config = {"pretrain": greenmim.PretrainConfig, "finetune": greenmim.FinetuneConfig}
+        assert config[command]().clip_grad == stored.pop("clip_grad", None)
+        ours = {key: optimizer.defaults[key] for key in stored}
+        assert ours == stored | {"betas": tuple(stored["betas"])}
+
+
 # ── golden files: one test each ─────────────────────────────────────────────────────────
 
 
@@ -581,3 +613,499 @@ def test_golden_greenmim(
         arrays = dict(stored)
     check(json.loads(str(arrays.pop("meta"))), arrays, tmp_path, capsys)
     assert not arrays, f"nothing compares {sorted(arrays)}"
+
+
+# ── masks and plans ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("side", [2, 3, 6, 7, 12])
+@pytest.mark.parametrize("ratio", [0.25, 0.3, 0.5, 0.6, 0.75])
+def test_mask_hides_all_but_the_smallest_noise(side: int, ratio: float) -> None:
+    noise = np.random.default_rng(side).random(side**2)
+    mask = greenmim.random_mask(noise, ratio)
+    assert mask.shape == (side**2,) and mask.dtype == bool
+    assert (~mask).sum() == int(side**2 * (1 - ratio))
+    assert noise[~mask].max() < noise[mask].min()
+
+
+def test_mask_counts_of_the_paper() -> None:
+    noise = np.random.default_rng(0).random(49)
+    visible = {ratio: int((~greenmim.random_mask(noise, ratio)).sum()) for ratio in (0.75, 0.6)}
+    assert visible == {0.75: 12, 0.6: 19}  # spec, section 3
+    config = greenmim.MODELS["swin_b"]
+    plan = greenmim.draw_plan(config, 0.75, (0, 0, 0))
+    tokens = [len(plan.patches), *(len(merge) // 4 for merge in plan.merges)]
+    assert tokens == [768, 192, 48, 12] and len(plan.hidden) == 37
+
+
+def test_drawn_plan_is_a_function_of_its_seed_alone() -> None:
+    np.random.seed(0)  # noqa: NPY002 - the global stream must neither matter nor move
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first, again = (greenmim.draw_plan(TEST, 0.6, (0, 5, 1)) for _ in range(2))
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    flat = [json.dumps(greenmim.to_device(p, CPU), default=repr) for p in (first, again)]
+    assert flat[0] == flat[1]
+    others = [greenmim.draw_plan(TEST, 0.6, seed) for seed in ((1, 5, 1), (0, 6, 1), (0, 5, 2))]
+    hidden = {tuple(plan.hidden.tolist()) for plan in (first, *others)}
+    assert len(hidden) == 4
+    drawn = [greenmim.draw_plan(TEST, 0.5, (0, step)).hidden for step in range(400)]
+    shares = np.bincount(np.concatenate(drawn), minlength=TEST.units**2) / len(drawn)
+    assert np.abs(shares - 0.5).max() < 0.1  # four standard errors
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 0.0, 0.01, 0.98, 1.0, 1.5, math.nan])
+def test_a_ratio_without_visible_or_hidden_units_is_an_error(ratio: float) -> None:
+    with pytest.raises(InputError, match="mask_ratio"):
+        greenmim.check_mask_ratio(TEST, ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.07, 0.5, 0.93])
+def test_a_ratio_with_one_unit_of_each_kind_is_fine(ratio: float) -> None:
+    greenmim.check_mask_ratio(TEST, ratio)
+    assert 0 < some_mask(TEST, ratio).sum() < TEST.units**2
+
+
+def test_noise_decides_the_order_of_latents_of_released_code_only() -> None:
+    noise = np.random.default_rng(3).random(TEST.units**2)
+    mask = greenmim.random_mask(noise, 0.5)
+    rank, count = np.argsort(np.argsort(noise))[~mask], (~mask).sum()
+    for release, expected in (("corrected", range(count)), ("2023", rank), ("2022", rank)):
+        plan = greenmim.plan_mask(replace(TEST, release=release), mask, noise)
+        assert plan.restore[~mask].tolist() == list(expected)
+        assert sorted(plan.restore[mask].tolist()) == list(range(count, mask.size))
+
+
+# ── what must and what must not change the output ───────────────────────────────────────
+
+
+@pytest.mark.parametrize("release", ["corrected", "2023", "2022"])
+def test_hidden_pixels_change_nothing(release: str) -> None:
+    config = replace(TEST, release=release)
+    model, mask = build(config).eval(), some_mask(config)
+    plan, images = plan_of(config, mask, np.arange(mask.size)[::-1]), pictures(config)
+    patches = greenmim.patchify(images, config.mask_unit)
+    outputs = []
+    for touched in ([], np.flatnonzero(mask), np.flatnonzero(~mask)[-1:]):
+        changed = patches.clone()
+        changed[:, touched] = 100 * torch.randn(2, len(touched), patches.shape[-1])
+        other = greenmim.unpatchify(changed, config.mask_unit)
+        with torch.no_grad():
+            outputs.append((model.encoder(other, plan), model.predict(other, plan)))
+    (latent, prediction), hidden, visible = outputs
+    assert torch.equal(hidden[0], latent) and torch.equal(hidden[1], prediction)
+    assert not torch.equal(visible[0], latent) and not torch.equal(visible[1], prediction)
+
+
+def swin_attention(x: Tensor, get: Callable[[str], Tensor], heads: int, window: int,
+                   shift: int) -> Tensor:  # fmt: skip
+    """Shifted-window attention of Swin over a map (B, side, side, C): roll, cut, mask."""
+    batch, side, _, dim = x.shape
+    n, w, d = side // window, window, dim // heads
+
+    def cut(maps: Tensor) -> Tensor:
+        maps = maps.roll((-shift, -shift), (1, 2)).reshape(len(maps), n, w, n, w, -1)
+        return maps.transpose(2, 3).reshape(len(maps), n * n, w * w, -1)
+
+    # Before the roll, tokens are told apart by whether they come round from the other edge.
+    edge = (torch.arange(side) < shift).long()
+    region = cut((2 * edge[:, None] + edge)[None, :, :, None])[0, ..., 0]
+    qkv = F.linear(cut(x), get("attn.qkv.weight"), get("attn.qkv.bias"))
+    qkv = qkv.reshape(batch, n * n, w * w, 3, heads, d).permute(3, 0, 1, 4, 2, 5)
+    table = get("attn.relative_position_bias_table")
+    rows, columns = np.divmod(np.arange(w * w), w)
+    index = [
+        [(rows[a] - rows[b] + w - 1) * (2 * w - 1) + columns[a] - columns[b] + w - 1
+         for b in range(w * w)]
+        for a in range(w * w)
+    ]  # fmt: skip
+    logits = qkv[0] @ qkv[1].transpose(-2, -1) * d**-0.5 + table[index].permute(2, 0, 1)
+    apart = region[:, :, None] != region[:, None]
+    logits = logits.masked_fill(apart[None, :, None], -100.0)
+    x = (logits.softmax(-1) @ qkv[2]).transpose(2, 3).reshape(batch, n, n, w, w, dim)
+    x = x.transpose(2, 3).reshape(batch, side, side, dim).roll((shift, shift), (1, 2))
+    return F.linear(x, get("attn.proj.weight"), get("attn.proj.bias"))
+
+
+def dense_swin(encoder: SwinEncoder, eps: float, images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, N, C): Swin V1 over whole maps, written from its definition, float64."""
+    config = encoder.config
+    state = {k: v.double() for k, v in encoder.state_dict().items()}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    weight, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
+    x = F.conv2d(images.double(), weight, bias, stride=config.patch_size).permute(0, 2, 3, 1)
+    x = norm(x, "patch_embed.norm")
+    for i, depth in enumerate(config.depths):
+        side, window = x.shape[1], min(config.window_size, x.shape[1])
+        for j in range(depth):
+            name = f"layers.{i}.blocks.{j}"
+            shift = window // 2 if j % 2 and side > window else 0
+            get = lambda key, name=name: state[f"{name}.{key}"]  # noqa: E731
+            y = norm(x, f"{name}.norm1")
+            x = x + swin_attention(y, get, config.num_heads[i], window, shift)
+            y = F.linear(norm(x, f"{name}.norm2"), get("mlp.fc1.weight"), get("mlp.fc1.bias"))
+            x = x + F.linear(F.gelu(y), get("mlp.fc2.weight"), get("mlp.fc2.bias"))
+        if i < len(config.depths) - 1:
+            x = [x[:, r::2, c::2] for r, c in ((0, 0), (1, 0), (0, 1), (1, 1))]
+            x = norm(torch.cat(x, -1), f"layers.{i}.downsample.norm")
+            x = F.linear(x, state[f"layers.{i}.downsample.reduction.weight"])
+    return norm(x, "norm").flatten(1, 2)
+
+
+DENSE = {
+    "window_4": replace(TEST, window_size=4),
+    "window_2": replace(TEST, window_size=2),
+    "window_8": replace(TEST, window_size=8),
+    "window_1": replace(TEST, window_size=1),
+    "larger_than_the_map": replace(TEST, window_size=16),
+    "96_px_window_3": replace(TEST, input_size=96, window_size=3),
+    "96_px_window_6": replace(TEST, input_size=96, window_size=6),
+    "160_px_window_5": replace(TEST, input_size=160, window_size=5),
+    "four_stages": replace(
+        TEST, input_size=128, depths=(1, 2, 3, 2), num_heads=(1, 1, 2, 4), window_size=4
+    ),
+}
+
+
+@pytest.mark.parametrize("config", DENSE.values(), ids=DENSE.keys())
+def test_nothing_masked_is_dense_swin(config: ModelConfig) -> None:
+    images = pictures(config)
+    encoder = fill(SwinEncoder(config), 1).eval()
+    classifier = fill(SwinClassifier(config, 5), 2).eval()
+    with torch.no_grad():
+        near(encoder(images).double(), dense_swin(encoder, 1e-6, images).numpy(), atol=1e-5)
+        nothing = plan_of(config, np.zeros(config.units**2, bool))
+        assert torch.equal(encoder(images), encoder(images, nothing))
+        pooled = dense_swin(classifier, 1e-5, images).mean(1)
+        weight, bias = (p.double() for p in classifier.head.parameters())
+        near(classifier(images).double(), F.linear(pooled, weight, bias).numpy(), atol=1e-5)
+
+
+def run_with(
+    sizing: grouping.Sizing, config: ModelConfig, mask: np.ndarray
+) -> tuple[MaskPlan, Tensor, Tensor, dict[str, Tensor]]:
+    """Plan by `sizing`, loss, predictions and gradients of a filled model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouping, "cheapest_groups", sizing)
+        plan = plan_of(config, mask)
+    model = build(config)
+    loss, prediction = model(pictures(config), plan)
+    loss.backward()
+    return plan, loss, prediction, {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.2])
+@pytest.mark.parametrize("sizing", SIZINGS.values(), ids=SIZINGS.keys())
+def test_any_plan_gives_the_same_output(sizing: grouping.Sizing, ratio: float) -> None:
+    mask = some_mask(TEST, ratio)
+    made, loss, prediction, gradients = run_with(sizing, TEST, mask)
+    _, loss0, prediction0, gradients0 = run_with(SIZINGS["one_group"], TEST, mask)
+    for stage, places in enumerate(coordinates(TEST, made)):
+        window, shift = TEST.window(stage)
+        for plan, s in zip(made.windows[stage], (0, shift), strict=False):
+            ids = grouping.window_ids(*places.T, window, s)
+            counts = np.unique(ids, return_counts=True)[1].tolist()
+            assert len(plan.bias) == len(sizing(counts, window**2))
+    near(loss, loss0.detach().numpy(), rtol=1e-6)
+    near(prediction, prediction0.detach().numpy(), atol=1e-5)
+    for name, gradient in gradients.items():
+        if not name.endswith("qkv.bias"):  # its key third is rounding noise
+            scale = gradients0[name].norm().item()
+            near(gradient, gradients0[name].numpy(), atol=1e-5 * scale, message=name)
+
+
+def test_padding_gives_no_nan_and_gets_no_gradient() -> None:
+    rows, columns = np.divmod(np.flatnonzero(np.random.default_rng(4).random(100) < 0.4), 10)
+    ids = grouping.window_ids(rows, columns, 3, 1)
+    made = grouping.plan_groups(rows, columns, ids, 3, lambda c, _: [[w] for w in range(len(c))])
+    plan = greenmim.to_device(made, CPU)
+    padding = np.setdiff1d(np.arange(len(made.slots)), made.places)
+    assert len(padding) > 20
+    attention = fill(greenmim.GroupWindowAttention(8, 2, 3), 0)
+    x = torch.randn(2, len(ids), 8, requires_grad=True)
+    out = attention(x, plan)
+    assert out.isfinite().all()
+
+    # Padding repeats a token; what stands in it must reach no output.
+    slots = plan.slots.clone()
+    slots[padding] = len(ids) - 1
+    assert torch.equal(attention(x, replace(plan, slots=slots)), out)
+
+    # Tokens of other windows than the first token's know nothing of it.
+    out[:, ids != ids[0]].square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    assert not x.grad[:, ids == ids[0]].any()
+    dr, dc = (a[:, None] - a[None] for a in (rows, columns))
+    pairs = (ids[:, None] == ids[None]) & (ids != ids[0])[:, None]
+    used = np.unique(((dr + 2) * 5 + dc + 2)[pairs])
+    table = attention.relative_position_bias_table.grad
+    assert table.isfinite().all() and not table[np.setdiff1d(np.arange(25), used)].any()
+    assert table[used].any(1).all()
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "classify", "recompute"])
+def test_every_parameter_gets_a_gradient(kind: str) -> None:
+    torch.manual_seed(0)
+    images = pictures(TEST)
+    if kind == "classify":
+        model = SwinClassifier(TEST, 5, drop_path=0.0)
+        loss = F.cross_entropy(model(images), torch.tensor([0, 3]))
+    else:
+        model = GreenMIM(TEST)
+        for layer in model.encoder.layers:
+            layer.grad_checkpoint = kind == "recompute"
+        loss, _ = model(images, some_mask(TEST))
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.any(), name
+        assert p.grad.isfinite().all(), name
+
+
+def test_recomputed_blocks_give_the_same_gradients() -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = build(TEST).train()
+        for layer in model.encoder.layers:
+            layer.grad_checkpoint = recompute
+        model(pictures(TEST), some_mask(TEST))[0].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_batch_shares_its_mask_and_nothing_else() -> None:
+    model, images, mask = build(TEST).eval(), pictures(TEST, 3), some_mask(TEST)
+    with torch.no_grad():
+        together = model.predict(images, mask)
+        alone = torch.cat([model.predict(image[None], mask) for image in images])
+        losses = [model(image[None], mask)[0] for image in images]
+        near(model(images, mask)[0], torch.stack(losses).mean().numpy(), rtol=1e-6)
+    near(together, alone.numpy(), atol=1e-5)
+
+
+def test_masks_of_any_type_are_accepted() -> None:
+    model, images, mask = build(TEST).eval(), pictures(TEST), some_mask(TEST)
+    square = mask.reshape(TEST.units, TEST.units)
+    accepted = [mask, torch.from_numpy(mask), square, mask.astype(np.float32), plan_of(TEST, mask)]
+    with torch.no_grad():
+        losses = [model(images, m)[0].item() for m in accepted]
+    assert len(set(losses)) == 1
+
+
+# ── loss, initialisation, drop path ─────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_loss_by_hand(normalised: bool) -> None:
+    config = replace(TEST, norm_pix_loss=normalised)
+    model, images, mask = build(config), pictures(config), some_mask(config)
+    with torch.no_grad():
+        loss, hidden = model(images, mask)
+        prediction = model.predict(images, mask).numpy().astype(np.float64)
+    size, total, scored = config.mask_unit, 0.0, 0
+    for b, image in enumerate(images.numpy().astype(np.float64)):
+        for unit in np.flatnonzero(mask):
+            top, left = (size * k for k in divmod(unit, config.units))
+            patch = np.array([
+                image[c, top + y, left + x] for y in range(size) for x in range(size)
+                for c in range(3)
+            ])  # fmt: skip
+            if normalised:
+                patch -= patch.mean()
+                patch /= np.sqrt((patch**2).sum() / (len(patch) - 1) + 1e-6)
+            total += ((prediction[b, unit] - patch) ** 2).mean()
+            scored += 1
+    assert loss.item() == pytest.approx(total / scored, rel=1e-6)
+    assert scored == 2 * mask.sum() and hidden.shape == (2, mask.sum(), 3 * size**2)
+
+
+def test_patches_come_apart_and_together() -> None:
+    images = torch.randn(2, 3, 12, 12)
+    patches = greenmim.patchify(images, 4)
+    assert patches.shape == (2, 9, 48)
+    assert patches[1, 5, (2 * 4 + 3) * 3 + 1] == images[1, 1, 4 + 2, 8 + 3]
+    assert torch.equal(greenmim.unpatchify(patches, 4), images)
+    normalised, mean, deviation = greenmim.normalize_patches(patches)
+    near(normalised * deviation + mean, patches.numpy(), atol=1e-5)
+
+
+def test_one_batch_can_be_learned() -> None:
+    torch.manual_seed(0)
+    model, images, mask = GreenMIM(TEST), pictures(TEST, 4), some_mask(TEST)
+    plan = plan_of(TEST, mask)
+    groups = greenmim.parameter_groups(model, 0.0)
+    optimizer, losses = torch.optim.AdamW(groups, 3e-3), []
+    for _ in range(150):
+        loss, _ = model(images, plan)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.9 and losses[-1] < 0.1
+
+
+def uniform_in(x: Tensor, bound: float) -> bool:
+    """Within the bound, and filling it as a uniform draw of this size does."""
+    spread = x.std() * math.sqrt(3) / bound
+    return bool(x.abs().max() <= bound * 1.0001) and abs(spread - 1) < 3 / math.sqrt(x.numel())
+
+
+def check_biases_and_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all() and not module.bias.any()
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            assert not module.bias.any()
+
+
+def test_initialisation_for_pre_training() -> None:  # spec, section 5
+    torch.manual_seed(0)
+    model = GreenMIM(replace(greenmim.MODELS["swin_t"], depths=(2, 2, 2, 2)))
+    check_biases_and_norms(model)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(linear) == 4 * 8 + 3 + 4 + 2  # blocks, merging, decoder block, decoder
+    for module in linear:
+        assert uniform_in(module.weight, math.sqrt(6 / sum(module.weight.shape))), module
+    proj = model.encoder.patch_embed.proj
+    assert uniform_in(proj.weight, math.sqrt(6 / (96 + 48)))
+    assert uniform_in(proj.bias, 1 / math.sqrt(48))
+    tables = [p.flatten() for n, p in model.named_parameters() if n.endswith("bias_table")]
+    assert torch.cat(tables).std().item() == pytest.approx(0.02, rel=0.03)
+    assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.1)
+    assert abs(torch.cat(tables).mean()) < 1e-3 and abs(model.mask_token.mean()) < 4e-3
+
+
+def test_initialisation_of_the_classifier() -> None:
+    torch.manual_seed(0)
+    model = SwinClassifier(replace(greenmim.MODELS["swin_t"], depths=(1, 1, 1, 1)), 100)
+    check_biases_and_norms(model)
+    for name, p in model.named_parameters():
+        if name.endswith("bias_table") or (p.ndim == 2 and "patch_embed" not in name):
+            assert p.std().item() == pytest.approx(0.02, rel=4 / math.sqrt(p.numel())), name
+    for p in model.patch_embed.proj.parameters():
+        assert uniform_in(p, 1 / math.sqrt(48))
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(4000, 3, 2) + 0.5
+    assert greenmim.drop_path(x, 0.0) is x
+    y = greenmim.drop_path(x, 0.25)
+    kept = y.flatten(1).any(1)
+    near(y[kept], (x[kept] / 0.75).numpy(), rtol=1e-6)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    model = fill(SwinClassifier(TEST, 5, drop_path=0.9), 0)
+    images = pictures(TEST)
+    assert torch.equal(model.eval()(images), model(images))
+    assert not torch.equal(model.train()(images), model(images))
+
+
+# ── models, sizes, releases ─────────────────────────────────────────────────────────────
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# Encoder, all of pre-training, classifier of 1000 classes: spec 2.1; Swin's own for t and s.
+PARAMETERS = {
+    "swin_b": (86_743_224, 91_997_880, 87_768_224),
+    "swin_b_win14": (86_917_944, 92_172_600, 87_942_944),
+    "swin_l_win14": (195_257_556, 200_774_356, 196_794_556),
+    "swin_t": (None, None, 28_288_354),
+    "swin_s": (None, None, 49_606_258),
+}
+
+
+@pytest.mark.parametrize("name", greenmim.MODELS)
+def test_models_build_and_have_as_many_parameters_as_published(name: str) -> None:
+    config = greenmim.model_config(name)
+    model = on_meta(lambda: GreenMIM(config))
+    classifier = on_meta(lambda: SwinClassifier(config, 1000))
+    ours = count(model.encoder), count(model), count(classifier)
+    for found, published in zip(ours, PARAMETERS.get(name, ours), strict=True):
+        assert published is None or found == published
+    head = 1000 * (model.encoder.num_features + 1)
+    assert count(classifier) == count(model.encoder) + head
+    tables = [p for n, p in model.named_parameters() if n.endswith("bias_table")]
+    stages = [stage for stage, depth in enumerate(config.depths) for _ in range(depth)]
+    sides = [config.input_size // config.patch_size // 2**stage for stage in stages]
+    rows = [(2 * min(config.window_size, side) - 1) ** 2 for side in sides]
+    heads = [config.num_heads[stage] for stage in stages]
+    assert [tuple(t.shape) for t in tables] == list(zip(rows, heads, strict=True))
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 16])
+@pytest.mark.parametrize("size", [32, 48, 80, 96])
+def test_other_sizes_and_windows_train(size: int, window: int) -> None:
+    window = min(window, size // TEST.patch_size)
+    config = greenmim.model_config("swin_test", input_size=size, window_size=window)
+    model = build(config)
+    loss, prediction = model(pictures(config, 1), some_mask(config, 0.5))
+    loss.backward()
+    assert prediction.shape == (1, math.ceil(config.units**2 / 2), 3 * config.mask_unit**2)
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert build(config).encoder(pictures(config, 1)).shape == (1, config.units**2, 64)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="64"):
+        SwinEncoder(TEST)(torch.zeros(1, 3, 80, 80))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("swin_test", {"input_size": 72}, r"\b64\b.*\b80\b"),
+        ("swin_test", {"input_size": 16}, r"\b32\b"),
+        ("swin_b", {"input_size": 100}, r"\b96\b.*\b128\b"),
+        ("swin_test", {"window_size": 0}, "window"),
+        ("swin_test", {"window_size": 17}, r"window.*\b16\b"),
+        ("swin_test", {"release": "2024"}, "corrected.*2023.*2022"),
+        ("swin_test", {"release": ""}, "release"),
+        ("swin_bb", {}, r"swin_bb.*\bswin_b\b"),
+        ("swin_base_patch4_window7_256", {}, "swin_base_patch4_window7_224"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, changes: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said) as refused:
+        greenmim.model_config(name, **changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_other_names_are_the_same_networks() -> None:
+    assert greenmim.model_config("swin_base_patch4_window7_224") == greenmim.MODELS["swin_b"]
+    for other, ours in greenmim.OTHER_NAMES.items():
+        assert greenmim.model_config(other) == greenmim.model_config(ours)
+
+
+RECIPES = [  # spec, sections 6 (slurm scripts) and 7
+    ("pretrain", "swin_b", {"blr": 1e-4}),
+    ("pretrain", "swin_b_win14", {"blr": 1.5e-4}),
+    ("pretrain", "swin_l_win14", {"blr": 1e-4}),
+    ("finetune", "swin_b", {
+        "blr": 1.25e-3, "warmup_lr": 2.5e-7, "min_lr": 2.5e-7, "layer_decay": 0.9, "drop_path": 0.1,
+    }),
+    ("finetune", "swin_l_win14", {
+        "blr": 1e-3, "warmup_lr": 2e-7, "min_lr": 3.5e-7, "layer_decay": 0.8, "drop_path": 0.3,
+    }),
+]  # fmt: skip
+ALL_RECIPES = {
+    "pretrain": {
+        "epochs": 800, "warmup_epochs": 40, "min_lr": 0, "weight_decay": 0.05, "mask_ratio": 0.75,
+        "norm_pix_loss": True, "batch_size": 2048 // 8, "clip_grad": None,
+    },
+    "finetune": {
+        "epochs": 100, "warmup_epochs": 20, "weight_decay": 0.05, "batch_size": 768 // 8,
+        "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "reprob": 0.25,
+        "aa": "rand-m9-mstd0.5-inc1",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "model", "values"), RECIPES)
+def test_a_model_selects_its_published_recipe(command: str, model: str, values: dict) -> None:
+    _, config = greenmim.parse_config([command, "--model", model])
+    wanted = values | ALL_RECIPES[command]
+    assert {key: getattr(config, key) for key in wanted} == wanted
