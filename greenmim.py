@@ -84,7 +84,7 @@ from tqdm import tqdm
 from common import augment, data, grouping
 from common.data import InputError
 
-# ── config ──────────────────────────────────────────────────────────────────────────────
+# ── config ────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def model_config(name: str, base: ModelConfig | None = None, **changes: object) 
     return config
 
 
-# ── masking ─────────────────────────────────────────────────────────────────────────────
+# ── masking ───────────────────────────────────────────────────────────────────────────
 
 
 def random_mask(noise: np.ndarray, mask_ratio: float) -> np.ndarray:
@@ -283,7 +283,7 @@ def random_mask(noise: np.ndarray, mask_ratio: float) -> np.ndarray:
     return mask
 
 
-# ── planning ────────────────────────────────────────────────────────────────────────────
+# ── planning ──────────────────────────────────────────────────────────────────────────
 # All that a mask decides is worked out on the host before the step, so that the model only
 # indexes: no host synchronisation, no shape that depends on device data.
 
@@ -365,7 +365,7 @@ def to_device(plan: object, device: torch.device) -> object:
     return plan
 
 
-# ── layers ──────────────────────────────────────────────────────────────────────────────
+# ── layers ────────────────────────────────────────────────────────────────────────────
 
 
 def drop_path(x: Tensor, probability: float) -> Tensor:
@@ -523,7 +523,7 @@ class SwinStage(nn.Module):
         return x
 
 
-# ── encoder ─────────────────────────────────────────────────────────────────────────────
+# ── encoder ───────────────────────────────────────────────────────────────────────────
 
 
 class SwinEncoder(nn.Module):
@@ -566,7 +566,7 @@ class SwinEncoder(nn.Module):
         return self.norm(self.stages(images, plan)[-1])
 
 
-# ── decoder and target ──────────────────────────────────────────────────────────────────
+# ── decoder and target ────────────────────────────────────────────────────────────────
 
 
 def sincos_embedding(dim: int, side: int) -> Tensor:
@@ -582,13 +582,6 @@ def patchify(images: Tensor, size: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=size, q=size)
 
 
-def unpatchify(patches: Tensor, size: int) -> Tensor:
-    """(B, U, P) -> (B, 3, H, W), the inverse of `patchify` for square images."""
-    side = math.isqrt(patches.shape[1])
-    layout = "b (h w) (p q c) -> b c (h p) (w q)"
-    return rearrange(patches, layout, h=side, p=size, q=size)
-
-
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, U, P) -> Eq. (5), and the mean and deviation (B, U, 1) that undo it."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased, as released
@@ -596,7 +589,7 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (patches - mean) / deviation, mean, deviation
 
 
-# ── model ───────────────────────────────────────────────────────────────────────────────
+# ── model ─────────────────────────────────────────────────────────────────────────────
 
 
 class GreenMIM(nn.Module):
@@ -663,7 +656,7 @@ class GreenMIM(nn.Module):
         return to_device(plan_mask(self.config, np.asarray(mask, bool).reshape(-1)), device)
 
 
-# ── weights ─────────────────────────────────────────────────────────────────────────────
+# ── weights ───────────────────────────────────────────────────────────────────────────
 
 # Computed here, so neither needed from a file nor saved (but see `export`).
 INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
@@ -850,7 +843,7 @@ def save_file(content: dict, path: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-# ── distributed and optimisation ────────────────────────────────────────────────────────
+# ── distributed and optimisation ──────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -1031,7 +1024,7 @@ def prepare(
     return cfg, loader, lr
 
 
-# ── training loop ───────────────────────────────────────────────────────────────────────
+# ── training loop ─────────────────────────────────────────────────────────────────────
 
 
 def train(
@@ -1053,8 +1046,7 @@ def train(
     device, output = process.device, Path(cfg.output_dir)
     writes = bool(cfg.output_dir) and process.rank == 0
     scaler = torch.amp.GradScaler(device.type, enabled=process.dtype is torch.float16)
-    parts = parts | {"scaler": scaler}
-    optimizer, net = parts["optimizer"], parts["model"]
+    optimizer, net, parts = parts["optimizer"], parts["model"], parts | {"scaler": scaler}
     step, per_epoch, total = 0, len(loader), cfg.epochs * len(loader)
     if state := find_checkpoint(cfg, run):
         step = state["step"]
@@ -1095,9 +1087,8 @@ def train(
         finite = apply_gradients(optimizer, scaler, cfg.clip_grad)
         skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
         if in_a_row == 20:
-            kept = output / "checkpoint-last.pth"
-            kept = kept if kept.exists() else "not written yet"
-            raise SystemExit(f"20 steps without a finite gradient; last good checkpoint: {kept}")
+            files = ", ".join(map(str, sorted(output.glob("checkpoint-last.pth")))) or "none yet"
+            raise SystemExit(f"20 steps without a finite gradient; last good checkpoint: {files}")
         step += 1
         bar.update()
         seconds.append(time.perf_counter() - started)
@@ -1114,18 +1105,18 @@ def train(
             record |= {"images_per_second": speed, "data_wait": waited / sum(seconds)}
             record |= {"memory_gb": memory_gb(device), "skipped_steps": skipped}
             record |= {"unreadable_images": loader.unreadable} | end_of_epoch(epoch)
-            process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
             if writes:
                 write_log(output, record)
                 if (epoch + 1) % cfg.save_freq == 0 or step == total:
                     save(f"checkpoint-{epoch}.pth")
             loss_sum, seconds, waited = torch.zeros((), device=device), [], 0.0
+            process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if writes and (step % per_epoch == 0 or time.monotonic() - saved > 60 * cfg.save_every):
             save("checkpoint-last.pth")
             saved = time.monotonic()
     if writes and step < total:
         save("checkpoint-last.pth")
-        process.say(f"stopped after step {step}; the same command continues from there")
+        print(f"stopped after step {step}; the same command continues from there")
 
 
 def memory_gb(device: torch.device) -> float:
@@ -1152,7 +1143,7 @@ def write_log(output: Path, record: dict) -> None:
                 board.add_image("reconstruction", pixels, record["epoch"], dataformats="HWC")
 
 
-# ── pre-training ────────────────────────────────────────────────────────────────────────
+# ── pre-training ──────────────────────────────────────────────────────────────────────
 
 
 def pretrain(cfg: PretrainConfig) -> None:
@@ -1210,7 +1201,7 @@ def pretrain(cfg: PretrainConfig) -> None:
         process.say("dry run: to pre-train on your images, give --data_path FOLDER")
 
 
-# ── fine-tuning ─────────────────────────────────────────────────────────────────────────
+# ── fine-tuning ───────────────────────────────────────────────────────────────────────
 
 
 class SwinClassifier(SwinEncoder):
@@ -1243,6 +1234,18 @@ def build_classifier(
     for layer in model.layers:
         layer.grad_checkpoint = cfg.grad_checkpoint
     return model
+
+
+def finetune_crop(cfg: FinetuneConfig, size: int) -> data.TrainCrop:
+    """Random crop, flip and RandAugment; InputError if policy or batch do not work."""
+    if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
+        raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
+    try:
+        policy = augment.RandAugment(cfg.aa) if cfg.aa else None
+    except ValueError as error:
+        raise InputError(f"--aa: {error}") from None
+    scale = (cfg.crop_min, 1.0)
+    return data.TrainCrop(size, scale, augment=policy, fast_decode=cfg.fast_decode)
 
 
 @torch.no_grad()
@@ -1278,21 +1281,13 @@ def finetune(cfg: FinetuneConfig) -> dict:
     config = model_config(cfg.model, input_size=cfg.input_size, window_size=cfg.window_size)
     if cfg.linear_probe:
         cfg = replace(cfg, mixup=0, cutmix=0, smoothing=0, reprob=0, aa="", drop_path=0)
-    source = open_images(cfg.data_path, "train") if cfg.data_path else None
-    test = open_images(cfg.data_path, "val") if cfg.data_path else None
-    classes = source.classes if source else [str(c) for c in range(1000)]
+    source, test, classes = None, None, [str(c) for c in range(1000)]  # of a dry run
+    if cfg.data_path:
+        source, test = (open_images(cfg.data_path, split) for split in ("train", "val"))
+        classes = source.classes
+        check_classes(classes, test.classes, cfg.nb_classes or len(classes))
     num_classes = cfg.nb_classes or len(classes)
-    check_classes(classes, test.classes if test else classes, num_classes)
-    try:
-        policy = augment.RandAugment(cfg.aa) if cfg.aa else None
-    except ValueError as error:
-        raise InputError(f"--aa: {error}") from None
-    crop = data.TrainCrop(
-        config.input_size, (cfg.crop_min, 1.0), augment=policy, fast_decode=cfg.fast_decode
-    )
-    cfg, loader, lr = prepare(cfg, process, source, crop, 512)
-    if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
-        raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
+    cfg, loader, lr = prepare(cfg, process, source, finetune_crop(cfg, config.input_size), 512)
     mixup = augment.Mixup(cfg.mixup, cfg.cutmix, smoothing=cfg.smoothing, num_classes=num_classes)
 
     torch.manual_seed(cfg.seed)
@@ -1341,7 +1336,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     return result
 
 
-# ── other commands ──────────────────────────────────────────────────────────────────────
+# ── other commands ────────────────────────────────────────────────────────────────────
 
 
 def open_images(data_path: str, split: str = "") -> data.ImageFiles | data.DrawnImages:
@@ -1510,7 +1505,7 @@ def demo(cfg: UseConfig) -> None:
     print(json.dumps(result | {"seconds": round(time.monotonic() - began, 1)}))
 
 
-# ── command line ────────────────────────────────────────────────────────────────────────
+# ── command line ──────────────────────────────────────────────────────────────────────
 
 COMMANDS = {
     "pretrain": (PretrainConfig, pretrain),

@@ -1,6 +1,7 @@
 """Speed and memory of every method on this machine, each beside its dense baseline.
 
-Run by hand, on a quiet machine; the tables are Markdown:
+Run by hand, where nothing else runs: of two busy cores a matrix product loses little, a step most
+of its speed. The tables are Markdown.
 
     python -m tests.benchmark                                  everything, Swin-B
     python -m tests.benchmark greenmim --dtype fp32 --profile
@@ -45,7 +46,7 @@ WARM_UP = 2
 MASK_RATIO = 0.75
 RELEASED_GFLOP = {"swin_b": 24.5}  # per image through the released code, forward and backward
 
-# ── measuring ───────────────────────────────────────────────────────────────────────────
+# ── measuring ─────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,15 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
     speed = batch / split["step"]
     fixed = f"{speed * work.gflop * 1e9 / rate:.0%}" if work.gflop else ""
     if args.profile:
-        print_profile(work.label, partial(step, 0), device.type == "cuda")
+        title = f"{work.label}, {process.dtype}".replace("torch.", "")
+        print_profile(title, partial(step, 0), device.type == "cuda")
     times = [split[part] for part in ("planning", "data", "forward", "backward", "optimizer")]
     row = [speed, *times, f"{split['planning'] / split['step']:.1%}", memory, flop / 2e9,
            rate / 1e9, f"{speed * 3 * flop / rate:.0%}", fixed]  # fmt: skip
     return {"row": [work.label, *row], "speed": speed, "memory": memory, "rate": rate}
 
 
-# ── methods ─────────────────────────────────────────────────────────────────────────────
+# ── methods ───────────────────────────────────────────────────────────────────────────
 
 
 class DenseMIM(nn.Module):
@@ -258,7 +260,7 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
           "the released code. Ratios: to the first row of the dtype.")  # fmt: skip
 
 
-# ── dense windows ───────────────────────────────────────────────────────────────────────
+# ── dense windows ─────────────────────────────────────────────────────────────────────
 
 
 class RolledWindowAttention(nn.Module):
@@ -345,7 +347,7 @@ def dense_topic(args: argparse.Namespace) -> None:
           ["stage", "dtype", "blocks", "grouped ms", "rolled ms", "ratio"], rows)  # fmt: skip
 
 
-# ── grouping ────────────────────────────────────────────────────────────────────────────
+# ── grouping ──────────────────────────────────────────────────────────────────────────
 
 
 def sizings(channels: int) -> dict[str, grouping.Sizing]:
@@ -425,7 +427,7 @@ def grouping_topic(args: argparse.Namespace) -> None:
         table(f"grouping, window {window}, over all blocks", ["rule", "n g^2", *timed], sums)
 
 
-# ── loader ──────────────────────────────────────────────────────────────────────────────
+# ── loader ────────────────────────────────────────────────────────────────────────────
 
 
 def write_photographs(folder: Path, count: int = 64) -> float:
@@ -434,7 +436,7 @@ def write_photographs(folder: Path, count: int = 64) -> float:
     folder.mkdir()
     for index in range(count):
         pixels = np.asarray(source.open(index))[:375]
-        pixels = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
+        pixels = (pixels + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:03}.jpg", quality=95)
     return sum(path.stat().st_size for path in folder.iterdir()) / count / 1e3
 
@@ -491,12 +493,12 @@ def loader_topic(args: argparse.Namespace) -> None:
     table("loader, images/s: one core, then TrainLoader with workers", [
         "pixels", "plain Pillow", "ours", "to Pillow", "ours, shrunk copies", "to full size",
         "1 worker", "2 workers"], rows)  # fmt: skip
-    print(f"\n500x375 JPEGs of quality 95: drawn images under noise, {kilobytes:.0f} KB each like "
-          "photographs, so that they decode as slowly.\nShrunk: short side 160. Random crop and "
-          "flip of pre-training. Workers read the full size.")  # fmt: skip
+    print(f"\n500x375 JPEGs of quality 95: drawn images under noise, {kilobytes:.0f} KB each, "
+          "about as much as photographs, so that they decode\nlike them. Shrunk: short side 160. "
+          "Crop and flip are those of pre-training. Workers read the full size.")  # fmt: skip
 
 
-# ── command line ────────────────────────────────────────────────────────────────────────
+# ── command line ──────────────────────────────────────────────────────────────────────
 
 TOPICS: dict[str, Callable[[argparse.Namespace], None]] = {
     **{method: partial(method_topic, method) for method in METHODS},
@@ -505,13 +507,13 @@ TOPICS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def machine() -> str:
-    """Processor, threads, versions and GPU in a line."""
+    """Processor, threads, load, GPU and versions in a line."""
     name, info = platform.processor(), Path("/proc/cpuinfo")
     if info.exists() and "model name" in (text := info.read_text()):
         name = text.split("model name", 1)[1].split("\n")[0].strip("\t :")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return (f"{name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; {gpu}; "
-            f"torch {torch.__version__}, Python {platform.python_version()}")  # fmt: skip
+    return (f"{name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, load "
+            f"{os.getloadavg()[0]:.1f}; {gpu}; torch {torch.__version__}")  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -541,10 +543,14 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(measure(work, process, args)))
         return 0
     print(machine())
-    # In this order, methods first: Linux counts a parent's memory in the peak of its children.
-    for topic, function in TOPICS.items():
-        if topic in (args.topics or TOPICS):
-            function(args)
+    try:
+        greenmim.model_config(args.model)
+        # In this order, methods first: Linux counts a parent's memory in the peak of its children.
+        for topic, function in TOPICS.items():
+            if topic in (args.topics or TOPICS):
+                function(args)
+    except data.InputError as error:
+        parser.error(str(error))
     return 0
 
 
