@@ -54,6 +54,7 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import io
 import json
 import math
 import os
@@ -66,6 +67,7 @@ import sys
 import threading
 import time
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -244,6 +246,16 @@ class UseConfig:
     seed: int = 0  # of the mask; demo: of everything (ours)
     device: str = "auto"  # auto, cpu, cuda, ... (ours)
     dtype: str = "auto"  # auto (bf16 on CUDA, else fp32), fp32, bf16, fp16 (ours)
+
+
+LIMITS = {  # smallest and largest value: flags
+    (1, math.inf): "batch_size accum_iter epochs save_freq log_every test_freq count nb_classes",
+    (0, math.inf): "num_workers seed warmup_epochs lr blr min_lr warmup_lr weight_decay clip_grad "
+    "save_every mixup cutmix",
+    (0, 1): "mask_ratio layer_decay smoothing reprob",
+    (0.001, 1): "crop_min",
+    (0, 0.99999): "drop_path ema",
+}
 
 
 def model_config(name: str, base: ModelConfig | None = None, **changes: object) -> ModelConfig:
@@ -658,7 +670,8 @@ class GreenMIM(nn.Module):
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
 
-# Computed here, so neither needed from a file nor saved (but see `export`).
+CONFIG = {f.name for f in fields(ModelConfig)}  # what our files say of the architecture
+# Computed here, so neither needed from a file nor saved (but see `export_state`).
 INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 
 
@@ -672,7 +685,9 @@ def read_checkpoint(path: str | Path) -> dict:
 
             return {"model": load_file(path)}
         torch.serialization.add_safe_globals([argparse.Namespace])  # in released files
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickle protocols
+            file = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise InputError(f"{path}: to read it, pip install safetensors") from None
     except pickle.UnpicklingError as error:
@@ -681,14 +696,16 @@ def read_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path}: refused, because it {reason}") from None
     except Exception as error:  # truncated or foreign files raise almost anything
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if isinstance(file, dict) and not isinstance(file.get("model"), dict):
+    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
         file = {"model": file}
-    if not isinstance(file, dict) or not all(isinstance(v, Tensor) for v in file["model"].values()):
+    state, run = file["model"], file.get("args", {})
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: holds no state dict, at the top or under 'model'")
-    if isinstance(file.get("args"), argparse.Namespace):
-        file["args"] = vars(file["args"])
-    file["model"] = {k.removeprefix("module."): v for k, v in file["model"].items()}
-    return file
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    run = vars(run) if isinstance(run, argparse.Namespace) else run
+    if not isinstance(run, dict) or set(run.get("config", CONFIG)) != CONFIG:
+        raise InputError(f"{path}: was not written by GreenMIM")
+    return file | {"model": state, "args": run}
 
 
 def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -799,17 +816,15 @@ def export_state(model: SwinEncoder, naming: str) -> dict[str, Tensor]:
         return {re.sub(r"^head\.", "head.fc.", k): v for k, v in state.items()}
     if naming != "official":
         raise InputError(f"--naming {naming!r} is none of timm, official")
-    nothing_hidden = plan_mask(model.config, np.zeros(model.config.units**2, bool))
     for i, layer in enumerate(model.layers):
         window, shift = model.config.window(i)
         side = model.config.units * model.config.unit_tokens(i)
-        if side % window:
-            raise InputError(f"official Swin has no windows of {window} on maps of {side} tokens")
+        rows, columns = np.divmod(np.arange(window**2), window)
+        one = grouping.plan_groups(rows, columns, rows * 0, window, grouping.cheapest_groups)
         for j in range(len(layer.blocks)):
             prefix = f"layers.{i}.blocks.{j}."
-            index = nothing_hidden.windows[i][0].index[0]
-            state[prefix + "attn.relative_position_index"] = torch.from_numpy(index)
-            if shift and j % 2:
+            state[prefix + "attn.relative_position_index"] = torch.from_numpy(one.index[0])
+            if shift and j % 2 and side % window == 0:  # else Swin itself does not exist
                 # Swin rolls the map, cuts it into whole windows and masks what the roll joined.
                 edge = (np.arange(side) >= side - window) * 1 + (np.arange(side) >= side - shift)
                 region = torch.from_numpy(3 * edge[:, None] + edge)
@@ -818,29 +833,34 @@ def export_state(model: SwinEncoder, naming: str) -> dict[str, Tensor]:
     return state
 
 
-def save_file(content: dict, path: Path) -> None:
-    """Write a .pth or .safetensors file so that a crash or a full disk leaves the old one whole."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def save_state(content: dict, path: Path) -> None:
+    """`save_file` for a .pth or .safetensors file."""
+    if path.suffix != ".safetensors":
+        return save_file(path, lambda file: torch.save(content, file))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import save
-
-                file.write(save(content))
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        from safetensors.torch import save
     except ImportError:
         raise InputError(f"{path}: to write it, pip install safetensors") from None
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not written ({reason}); an earlier file is intact") from None
-    finally:
-        with contextlib.suppress(OSError):
+    save_file(path, lambda file: file.write(save(content)))
+
+
+def save_file(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
+    """Write a file so that a crash or a full disk leaves an earlier one whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
             part.unlink(missing_ok=True)
+            raise
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+        reason = str(error.__context__ or error).splitlines()[0]
+        raise InputError(f"cannot write {path}, what was there is intact: {reason}") from None
 
 
 # ── distributed and optimisation ──────────────────────────────────────────────────────
@@ -888,8 +908,14 @@ def setup_process(device: str, dtype: str) -> Process:
         if not cuda:
             raise InputError(f"--device {device}: this machine has no usable CUDA device")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device} does not work here: {reason}") from None
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype == "auto":
         dtype = "bf16" if device.startswith("cuda") else "fp32"
@@ -982,12 +1008,14 @@ def find_checkpoint(cfg: RunConfig, run: dict) -> dict | None:
         except InputError as error:
             problems.append(str(error))
             continue
-        if "step" not in file:
-            raise InputError(f"{path} says no step to resume from; --weights starts from it")
+        if not {"step", "optimizer", "scaler"} <= set(file) or "config" not in file["args"]:
+            raise InputError(f"{path} is no checkpoint to resume; --weights can start from it")
         there, here = ({**r["config"], **r, "config": None} for r in (file["args"], run))
         wrong = [f"{k} {v!r}, not {here.get(k)!r}" for k, v in there.items() if v != here.get(k)]
         if wrong:
             raise InputError(f"cannot resume: {path} has {'; '.join(wrong)}")
+        for problem in problems:
+            print(f"{problem}; resuming from {path} instead", file=sys.stderr)
         return file
     if problems:
         raise InputError(f"no checkpoint can be resumed: {'; '.join(problems)}")
@@ -1004,9 +1032,10 @@ def prepare(
         cfg = replace(cfg, epochs=1, warmup_epochs=0, output_dir="", resume="none", num_workers=0)
     batch = cfg.batch_size * cfg.accum_iter * process.world_size
     source = data.DrawnImages("train", 10 * batch) if dry else source
-    if cfg.output_dir:
-        save_file({}, Path(cfg.output_dir) / "writable.pth")  # before hours are spent, not after
-        (Path(cfg.output_dir) / "writable.pth").unlink(missing_ok=True)
+    if cfg.output_dir and process.rank == 0:  # an error now rather than after hours
+        probe = Path(cfg.output_dir) / ".writable"
+        save_file(probe, lambda file: None)
+        probe.unlink()
     workers = cfg.num_workers
     if workers is None:
         workers = min(8, (os.cpu_count() or 1) // process.world_size)
@@ -1047,22 +1076,24 @@ def train(
     writes = bool(cfg.output_dir) and process.rank == 0
     scaler = torch.amp.GradScaler(device.type, enabled=process.dtype is torch.float16)
     optimizer, net, parts = parts["optimizer"], parts["model"], parts | {"scaler": scaler}
-    step, per_epoch, total = 0, len(loader), cfg.epochs * len(loader)
+    step, skipped, in_a_row = 0, 0, 0
+    per_epoch, total = len(loader), cfg.epochs * len(loader)
     if state := find_checkpoint(cfg, run):
         step = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        process.say(f"resumed at step {step} of {total}")
+        process.say(f"resumed at step {step} of {total}, epoch {step / per_epoch:.2f}")
 
     def save(name: str) -> None:
         content = {name: part.state_dict() for name, part in parts.items()}
         content |= {"epoch": step // per_epoch, "step": step, "args": run}
-        save_file(content, output / name)
+        save_state(content, output / name)
 
     net = process.wrap(torch.compile(net) if cfg.compile else net)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    batches, saved, skipped, in_a_row = loader.batches(step, total), time.monotonic(), 0, 0
+    batches, saved = loader.batches(step, total), time.monotonic()
+    good = output / "checkpoint-last.pth" if state else "none yet"
     loss_sum, seconds, waited = torch.zeros((), device=device), [], 0.0
     bar = tqdm(total=total, initial=step, disable=process.rank > 0 or not sys.stderr.isatty())
     while step < total and not process.sum(torch.tensor(float(stop.is_set()), device=device)):
@@ -1083,12 +1114,11 @@ def train(
                 with process.autocast():
                     loss = loss_of(net, images, labels, step * cfg.accum_iter + micro)
                 scaler.scale(loss / cfg.accum_iter).backward()
-            loss_sum += loss.detach().nan_to_num() / cfg.accum_iter
+            loss_sum += loss.detach().nan_to_num(0.0, 0.0, 0.0) / cfg.accum_iter
         finite = apply_gradients(optimizer, scaler, cfg.clip_grad)
         skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
         if in_a_row == 20:
-            files = ", ".join(map(str, sorted(output.glob("checkpoint-last.pth")))) or "none yet"
-            raise SystemExit(f"20 steps without a finite gradient; last good checkpoint: {files}")
+            raise SystemExit(f"20 steps without a finite gradient; last good checkpoint: {good}")
         step += 1
         bar.update()
         seconds.append(time.perf_counter() - started)
@@ -1113,10 +1143,11 @@ def train(
             process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if writes and (step % per_epoch == 0 or time.monotonic() - saved > 60 * cfg.save_every):
             save("checkpoint-last.pth")
-            saved = time.monotonic()
+            good, saved = output / "checkpoint-last.pth", time.monotonic()
     if writes and step < total:
         save("checkpoint-last.pth")
         print(f"stopped after step {step}; the same command continues from there")
+    process.sum(torch.zeros((), device=device))  # nobody leaves before all is written
 
 
 def memory_gb(device: torch.device) -> float:
@@ -1129,8 +1160,11 @@ def memory_gb(device: torch.device) -> float:
 
 def write_log(output: Path, record: dict) -> None:
     """Append to log.txt, and to TensorBoard where it is installed."""
-    with open(output / "log.txt", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(output / "log.txt", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {output / 'log.txt'}: {error.strerror}") from None
     with contextlib.suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -1191,13 +1225,13 @@ def pretrain(cfg: PretrainConfig) -> None:
             crop = data.EvalCrop(config.input_size)
             pixels, _, _ = next(data.eval_batches(loader.source, crop, batch_size=8))
             picture = draw_reconstructions(model, pixels, shown)
-            picture.save(output / f"reconstruction-{epoch}.png")
-            save_file({"model": export_state(model.encoder, "official")}, output / "backbone.pth")
+            save_picture(picture, output / f"reconstruction-{epoch}.png")
+            save_state({"model": export_state(model.encoder, "official")}, output / "backbone.pth")
         return {}
 
     parts = {"model": model, "optimizer": optimizer}
     train(cfg, process, parts, loader, run, schedule, loss_of, end_of_epoch)
-    if not cfg.output_dir:
+    if not cfg.data_path:
         process.say("dry run: to pre-train on your images, give --data_path FOLDER")
 
 
@@ -1316,7 +1350,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
         return finetune_lr(step, lr * scale, start, low, warmup, total)
 
     result, best_file = {}, Path(cfg.output_dir) / "best.pth"
-    resuming = cfg.resume != "none" and cfg.output_dir and best_file.exists()
+    resuming = best_file.exists() and cfg.output_dir and find_checkpoint(cfg, run)
     best = read_checkpoint(best_file)["test_acc1"] if resuming else 0.0
 
     def end_of_epoch(epoch: int) -> dict:
@@ -1327,11 +1361,11 @@ def finetune(cfg: FinetuneConfig) -> dict:
         if result["test_acc1"] >= best and cfg.output_dir and process.rank == 0:
             best = result["test_acc1"]
             file = {"model": judged.state_dict(), "args": run, "epoch": epoch}
-            save_file(file | result, best_file)
+            save_state(file | result, best_file)
         return result
 
     train(cfg, process, parts, loader, run, schedule, loss_of, end_of_epoch)
-    if not cfg.output_dir:
+    if not cfg.data_path:
         process.say("dry run: to fine-tune, give --data_path FOLDER with train/ and val/<class>/")
     return result
 
@@ -1418,6 +1452,15 @@ def draw_reconstructions(model: GreenMIM, pixels: Tensor, plan: MaskPlan) -> Ima
     return labelled
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """`save_file` for a PNG."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--output {path}: pictures are written as .png")
+    encoded = io.BytesIO()  # Pillow would hide the reason of a failed write
+    picture.save(encoded, "PNG")
+    save_file(path, lambda file: file.write(encoded.getvalue()))
+
+
 def reconstruct(cfg: UseConfig) -> None:
     """PNG grid of images, their visible parts and reconstructions by a pre-trained file."""
     process = setup_process(cfg.device, cfg.dtype)
@@ -1431,7 +1474,7 @@ def reconstruct(cfg: UseConfig) -> None:
         raise InputError(f"{cfg.data_path}: none of the images can be read")
     plan = draw_plan(config, cfg.mask_ratio, (cfg.seed,))
     output = cfg.output or "reconstruction.png"
-    draw_reconstructions(model.to(process.device), pixels, plan).save(output)
+    save_picture(draw_reconstructions(model.to(process.device), pixels, plan), Path(output))
     process.say(f"wrote {output}")
 
 
@@ -1444,7 +1487,7 @@ def export(cfg: UseConfig) -> None:
     state = export_state(model, cfg.naming)
     output = Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
     safe = output.suffix == ".safetensors"
-    save_file(state if safe or cfg.naming == "timm" else {"model": state}, output)
+    save_state(state if safe or cfg.naming == "timm" else {"model": state}, output)
     print(f"wrote {len(state)} tensors to {output}")
 
 
@@ -1475,7 +1518,7 @@ def features(cfg: UseConfig) -> None:
         raise InputError(f"{cfg.data_path}: none of the images can be read")
     output = cfg.output or "features.npz"
     arrays = {k: np.concatenate(v) for k, v in found.items()}
-    np.savez(output, **arrays)
+    save_file(Path(output), lambda file: np.savez(file, **arrays))
     process.say(f"wrote {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} to {output}")
 
 
@@ -1488,7 +1531,7 @@ def demo(cfg: UseConfig) -> None:
     torch.manual_seed(cfg.seed)
     # The twin starts where pre-training starts, so that only pre-training tells them apart.
     start = {"model": export_state(GreenMIM(config).encoder, "official")}
-    save_file(start, output / "start.pth")
+    save_state(start, output / "start.pth")
     pretrain(PretrainConfig(
         **both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
         batch_size=64, epochs=8, warmup_epochs=1,
@@ -1548,6 +1591,10 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, object]:
     name = given.get("model", config_class.model)
     given["model"] = name = OTHER_NAMES.get(name, name)
     recipe = config_class(**RECIPES.get((command, name), {}))
+    for (low, high), names in LIMITS.items():
+        for key in given.keys() & set(names.split()):
+            if not low <= given[key] <= high or math.isinf(given[key]):
+                raise InputError(f"--{key} {given[key]} does not lie between {low} and {high}")
     usual = asdict(recipe)
     changed = [f"{k} {v!r} (recipe: {usual[k]!r})" for k, v in given.items() if v != usual[k]]
     if command in ("pretrain", "finetune") and changed and os.environ.get("RANK", "0") == "0":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -291,6 +292,11 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, length]).permutation(length)
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """A signal to the whole process group is for the main process, which stops its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @dataclass
 class _Batches:
     """Batches by key (epoch, positions in its order); without a seed, in the order of `source`."""
@@ -327,6 +333,7 @@ class _Batches:
         """Images, labels and indices of each key; bad images are named once and put in `bad`."""
         # A generator of its own, because DataLoader would draw from the global one.
         options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
+        options["worker_init_fn"] = _outlive_sigterm
         for *batch, found in DataLoader(self, batch_size=None, sampler=keys, **options):
             for i in [i for i in found if i not in bad]:
                 bad[i] = f"{self.source.name(i)} ({found[i]})"

@@ -674,10 +674,20 @@ def test_drawn_plan_is_a_function_of_its_seed_alone() -> None:
     assert np.abs(shares - 0.5).max() < 0.1  # four standard errors
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 0.0, 0.98, 1.0, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize("ratio", [-0.1, 0.0, 0.98, 1.0, 1.5])
 def test_a_ratio_without_visible_or_hidden_units_is_an_error(ratio: float) -> None:
     with pytest.raises(InputError, match="mask_ratio"):
         greenmim.draw_plan(TEST, ratio, (0,))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 0.0, 0.98, 1.0, 1.5, math.nan, math.inf])
+def test_a_flag_with_such_a_ratio_is_one_sentence(
+    ratio: float, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--model", "swin_test", "--device", "cpu", f"--mask_ratio={ratio}"]
+    assert greenmim.main(["pretrain", *flags]) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1 and "mask_ratio" in said
 
 
 @pytest.mark.parametrize(("ratio", "visible"), [(0.07, 14), (0.5, 8), (0.93, 1)])
@@ -699,6 +709,13 @@ def test_noise_decides_the_order_of_latents_of_released_code_only() -> None:
 # ── what must and what must not change the output ───────────────────────────────────────
 
 
+def unpatchify(patches: Tensor, size: int) -> Tensor:
+    """(B, U, P) patches as (row, column, channel) -> (B, 3, H, W)."""
+    side = math.isqrt(patches.shape[1])
+    x = patches.reshape(-1, side, side, size, size, 3).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(-1, 3, side * size, side * size)
+
+
 @pytest.mark.parametrize("release", ["corrected", "2023", "2022"])
 def test_hidden_pixels_change_nothing(release: str) -> None:
     config = replace(TEST, release=release)
@@ -709,7 +726,7 @@ def test_hidden_pixels_change_nothing(release: str) -> None:
     for touched in ([], np.flatnonzero(mask), np.flatnonzero(~mask)[-1:]):
         changed = patches.clone()
         changed[:, touched] = 100 * torch.randn(2, len(touched), patches.shape[-1])
-        other = greenmim.unpatchify(changed, config.mask_unit)
+        other = unpatchify(changed, config.mask_unit)
         with torch.no_grad():
             outputs.append((model.encoder(other, plan), model.predict(other, plan)))
     (latent, prediction), hidden, visible = outputs
@@ -941,7 +958,7 @@ def test_patches_come_apart_and_together() -> None:
     patches = greenmim.patchify(images, 4)
     assert patches.shape == (2, 9, 48)
     assert patches[1, 5, (2 * 4 + 3) * 3 + 1] == images[1, 1, 4 + 2, 8 + 3]
-    assert torch.equal(greenmim.unpatchify(patches, 4), images)
+    assert torch.equal(unpatchify(patches, 4), images)
     normalised, mean, deviation = greenmim.normalize_patches(patches)
     near(normalised * deviation + mean, patches.numpy(), atol=1e-5)
 
@@ -1011,6 +1028,15 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     kept = y.flatten(1).any(1)
     near(y[kept], (x[kept] / 0.75).numpy(), rtol=1e-6)
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_both_branches_of_a_block_are_dropped_on_their_own() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 8).expand(200, -1, -1)
+    block = fill(greenmim.Block(8, greenmim.Attention(8, 2), 4.0, 1e-6, drop_path=0.5), 0)
+    outcomes, counts = block.train()(x).round(decimals=3).unique(dim=0, return_counts=True)
+    assert len(outcomes) == 4 and counts.min() > 25
+    assert any(torch.allclose(y, x[0], atol=1e-3) for y in outcomes)
     model = fill(SwinClassifier(TEST, 5, drop_path=0.9), 0)
     images = pictures(TEST)
     assert torch.equal(model.eval()(images), model(images))
@@ -1211,7 +1237,7 @@ def test_exports_come_back(with_head: bool, naming: str, wrapped: bool, tmp_path
     source, target = fill(made[0], 1), made[1]
     state = greenmim.export_state(source, naming)
     path = str(tmp_path / "weights.pth")
-    greenmim.save_file({"model": state} if wrapped else state, Path(path))
+    torch.save({"model": state} if wrapped else state, path)
     assert "head" not in greenmim.load_encoder(target, path)
     assert torch.equal(answers(target), answers(source))
     # For a classifier of other classes only the head stays as it was.
@@ -1295,7 +1321,7 @@ def test_swin_classification_file_keeps_its_head_where_it_fits(tmp_path: Path) -
 
 def test_tables_of_another_window_are_interpolated(tmp_path: Path) -> None:
     source = fill(SwinEncoder(replace(TEST, window_size=4)), 3)
-    greenmim.save_file({"model": source.state_dict()}, tmp_path / "window4.pth")
+    torch.save({"model": source.state_dict()}, tmp_path / "window4.pth")
     model, tables = SwinEncoder(replace(TEST, window_size=5)), 0
     said = greenmim.load_encoder(model, str(tmp_path / "window4.pth"))
     for name, p in model.named_parameters():
@@ -1382,7 +1408,7 @@ def test_weights_of_another_model_are_refused_by_name(
     other: ModelConfig, said: str, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "other.pth")
-    greenmim.save_file({"model": GreenMIM(other).state_dict()}, Path(path))
+    torch.save({"model": GreenMIM(other).state_dict()}, path)
     model = GreenMIM(TEST)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for load, target in ((greenmim.load_model, model), (greenmim.load_encoder, model.encoder)):
@@ -1395,7 +1421,7 @@ def test_weights_of_another_model_are_refused_by_name(
 def test_a_backbone_is_no_whole_model(tmp_path: Path) -> None:
     path = str(tmp_path / "backbone.pth")
     state = greenmim.export_state(SwinEncoder(replace(TEST, window_size=4)), "official")
-    greenmim.save_file({"model": state}, Path(path))
+    torch.save({"model": state}, path)
     with pytest.raises(InputError, match="mask_token is missing"):
         greenmim.load_model(GreenMIM(replace(TEST, window_size=4)), path)
 
@@ -1407,7 +1433,7 @@ def test_safetensors_is_asked_for_where_it_is_missing(
         monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / "weights.safetensors"
     with pytest.raises(InputError, match="pip install safetensors"):
-        greenmim.save_file(SwinEncoder(TEST).state_dict(), path)
+        greenmim.save_state(SwinEncoder(TEST).state_dict(), path)
     assert not list(tmp_path.iterdir())
     path.write_bytes(b"{}")
     with pytest.raises(InputError, match="pip install safetensors"):
@@ -1418,7 +1444,7 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     source, target = fill(SwinEncoder(TEST), 1), SwinEncoder(TEST)
     path = tmp_path / "weights.safetensors"
-    greenmim.save_file(greenmim.export_state(source, "timm"), path)
+    greenmim.save_state(greenmim.export_state(source, "timm"), path)
     greenmim.load_encoder(target, str(path))
     assert torch.equal(answers(target), answers(source))
 
@@ -1427,7 +1453,7 @@ def test_saving_replaces_a_file_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "weights.pth"
-    greenmim.save_file({"model": {"a": torch.ones(3)}}, path)
+    greenmim.save_state({"model": {"a": torch.ones(3)}}, path)
 
     def fails(content: object, file: object) -> None:
         file.write(b"half of it")
@@ -1435,7 +1461,7 @@ def test_saving_replaces_a_file_whole_or_not_at_all(
 
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(InputError, match="No space left"):
-        greenmim.save_file({"model": {"a": torch.zeros(3)}}, path)
+        greenmim.save_state({"model": {"a": torch.zeros(3)}}, path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["weights.pth"]
     assert greenmim.read_checkpoint(path)["model"]["a"].tolist() == [1, 1, 1]
 
