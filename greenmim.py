@@ -665,7 +665,8 @@ class GreenMIM(nn.Module):
     def plan(self, mask: MaskPlan | np.ndarray | Tensor, device: torch.device) -> MaskPlan:
         if isinstance(mask, MaskPlan):
             return mask
-        return to_device(plan_mask(self.config, np.asarray(mask, bool).reshape(-1)), device)
+        mask = torch.as_tensor(mask).cpu().numpy().reshape(-1)
+        return to_device(plan_mask(self.config, mask), device)
 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
@@ -683,7 +684,7 @@ def read_checkpoint(path: str | Path) -> dict:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            return {"model": load_file(path)}
+            return {"model": load_file(path), "args": {}}
         torch.serialization.add_safe_globals([argparse.Namespace])  # in released files
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols
@@ -703,8 +704,13 @@ def read_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path}: holds no state dict, at the top or under 'model'")
     state = {k.removeprefix("module."): v for k, v in state.items()}
     run = vars(run) if isinstance(run, argparse.Namespace) else run
-    if not isinstance(run, dict) or set(run.get("config", CONFIG)) != CONFIG:
-        raise InputError(f"{path}: was not written by GreenMIM")
+    run = run if isinstance(run, dict) else {}
+    if not isinstance(run.get("config"), dict):  # not ours: only a model that we know means a thing
+        run = {k: v for k, v in run.items() if k not in ("config", "classes")}
+        if not isinstance(run.get("model"), str) or run["model"] not in OTHER_NAMES:
+            run.pop("model", None)
+    elif set(run["config"]) != CONFIG:
+        raise InputError(f"{path}: was written by another script than greenmim.py")
     return file | {"model": state, "args": run}
 
 
@@ -1073,28 +1079,29 @@ def train(
     labels, number)` the loss of micro-batch `number`, `end_of_epoch(epoch)` adds to the log.
     """
     device, output = process.device, Path(cfg.output_dir)
+    batch = cfg.batch_size * cfg.accum_iter * process.world_size
     writes = bool(cfg.output_dir) and process.rank == 0
     scaler = torch.amp.GradScaler(device.type, enabled=process.dtype is torch.float16)
     optimizer, net, parts = parts["optimizer"], parts["model"], parts | {"scaler": scaler}
-    step, skipped, in_a_row = 0, 0, 0
-    per_epoch, total = len(loader), cfg.epochs * len(loader)
+    step, per_epoch, total = 0, len(loader), cfg.epochs * len(loader)
     if state := find_checkpoint(cfg, run):
         step = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
         process.say(f"resumed at step {step} of {total}, epoch {step / per_epoch:.2f}")
 
-    def save(name: str) -> None:
+    def save(name: str) -> Path:
         content = {name: part.state_dict() for name, part in parts.items()}
         content |= {"epoch": step // per_epoch, "step": step, "args": run}
         save_state(content, output / name)
+        return output / name
 
     net = process.wrap(torch.compile(net) if cfg.compile else net)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     batches, saved = loader.batches(step, total), time.monotonic()
     good = output / "checkpoint-last.pth" if state else "none yet"
-    loss_sum, seconds, waited = torch.zeros((), device=device), [], 0.0
+    loss_sum, seconds, waited, skipped, in_a_row = torch.zeros((), device=device), [], 0.0, 0, 0
     bar = tqdm(total=total, initial=step, disable=process.rank > 0 or not sys.stderr.isatty())
     while step < total and not process.sum(torch.tensor(float(stop.is_set()), device=device)):
         started = time.perf_counter()
@@ -1104,9 +1111,9 @@ def train(
         seeds = np.random.SeedSequence((cfg.seed, step, process.rank, 0))
         torch.manual_seed(int(seeds.generate_state(1)[0]))
         for micro in range(cfg.accum_iter):
-            asked = time.perf_counter()
+            waited -= time.perf_counter()
             images, labels = next(batches)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter()
             images = data.normalize(images.to(device, non_blocking=True))
             labels = labels.to(device, non_blocking=True)
             alone = process.world_size > 1 and micro < cfg.accum_iter - 1
@@ -1122,19 +1129,18 @@ def train(
         step += 1
         bar.update()
         seconds.append(time.perf_counter() - started)
-        batch = cfg.batch_size * cfg.accum_iter * process.world_size
         speed = batch / statistics.median(seconds[-99:])
         if step % cfg.log_every == 0 and bar.disable:
-            mean = loss_sum.item() / len(seconds)
-            process.say(f"step {step}/{total}: loss {mean:.4f}, {speed:.1f} images/s")
+            loss = loss_sum.item() / len(seconds)
+            process.say(f"step {step}/{total}: loss {loss:.4f}, {speed:.1f} images/s")
         if step % per_epoch == 0:
             epoch = step // per_epoch - 1
             loss = process.sum(loss_sum).item() / process.world_size / len(seconds)
-            learning_rate = max(group["lr"] for group in optimizer.param_groups)
-            record = {"epoch": epoch, "train_loss": loss, "train_lr": learning_rate}
+            lr = max(group["lr"] for group in optimizer.param_groups)
+            record = {"epoch": epoch, "train_loss": loss, "train_lr": lr, "skipped_steps": skipped}
             record |= {"images_per_second": speed, "data_wait": waited / sum(seconds)}
-            record |= {"memory_gb": memory_gb(device), "skipped_steps": skipped}
-            record |= {"unreadable_images": loader.unreadable} | end_of_epoch(epoch)
+            record |= {"memory_gb": memory_gb(device), "unreadable_images": loader.unreadable}
+            record |= end_of_epoch(epoch)
             if writes:
                 write_log(output, record)
                 if (epoch + 1) % cfg.save_freq == 0 or step == total:
@@ -1142,11 +1148,10 @@ def train(
             loss_sum, seconds, waited = torch.zeros((), device=device), [], 0.0
             process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if writes and (step % per_epoch == 0 or time.monotonic() - saved > 60 * cfg.save_every):
-            save("checkpoint-last.pth")
-            good, saved = output / "checkpoint-last.pth", time.monotonic()
+            good, saved = save("checkpoint-last.pth"), time.monotonic()
     if writes and step < total:
-        save("checkpoint-last.pth")
-        print(f"stopped after step {step}; the same command continues from there")
+        good = save("checkpoint-last.pth")
+        print(f"stopped after step {step}; the same command continues from {good}")
     process.sum(torch.zeros((), device=device))  # nobody leaves before all is written
 
 
@@ -1396,7 +1401,7 @@ def open_weights(cfg: UseConfig) -> tuple[dict, ModelConfig]:
     if not cfg.weights:
         raise InputError("give --weights FILE")
     file = read_checkpoint(cfg.weights)
-    run = file.get("args", {})
+    run = file["args"]
     name = cfg.model or run.get("model", "swin_b")
     base = ModelConfig(**run["config"]) if "config" in run and not cfg.model else None
     release = cfg.release if base is None or cfg.release != "corrected" else None
@@ -1413,7 +1418,7 @@ def evaluate(cfg: UseConfig) -> dict:
     if head is None:
         raise InputError(f"{cfg.weights} has no classification head; make one with finetune")
     source = open_images(cfg.data_path, "val")
-    classes = file.get("args", {}).get("classes", source.classes)
+    classes = file["args"].get("classes", source.classes)
     check_classes(classes, source.classes, len(head))
     model = SwinClassifier(replace(config, release="corrected"), len(head))
     process.say(load_encoder(model, cfg.weights, config.release))

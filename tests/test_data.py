@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from common import data
-from tests.conftest import ROOT, golden_files
+from tests.conftest import GOLDEN, ROOT, golden_files
 from tests.filling import images as filled_images
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -52,7 +52,7 @@ def read_meta(path: Path) -> dict:
 
 def crop_files() -> list[Path]:
     files = [path for path in golden_files("augment") if "crops" in read_meta(path)]
-    assert files, "no fixture of crops"
+    assert files or GOLDEN != ROOT / "tests" / "golden", "no fixture of crops"
     return files
 
 
@@ -62,7 +62,7 @@ def crop_statistics() -> list:
         meta = read_meta(path)
         for name, case in meta.get("statistics", {}).get("random_resized_crop", {}).items():
             found.append(pytest.param(case, meta["quantile_levels"], id=f"{path.stem}-{name}"))
-    assert found, "no statistics of random resized crops"
+    assert found or GOLDEN != ROOT / "tests" / "golden", "no statistics of random resized crops"
     return found
 
 

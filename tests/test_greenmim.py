@@ -1264,6 +1264,15 @@ def test_released_file_loads_whole_and_as_encoder(tmp_path: Path) -> None:
     assert torch.equal(answers(encoder), answers(source.encoder))
 
 
+@pytest.mark.parametrize("config", [None, "swin_base.yaml"])
+def test_arguments_of_other_projects_do_not_matter(config: object, tmp_path: Path) -> None:
+    source, target = fill(SwinEncoder(TEST), 1), SwinEncoder(TEST)
+    args = argparse.Namespace(config=config, model="swin", epochs=300)
+    torch.save({"model": source.state_dict(), "args": args}, tmp_path / "swin.pth")
+    greenmim.load_encoder(target, str(tmp_path / "swin.pth"))
+    assert torch.equal(answers(target), answers(source))
+
+
 def test_wrapper_prefix_of_parallel_training_is_cut(tmp_path: Path) -> None:
     source = build(TEST)
     state = {f"module.{k}": v for k, v in source.state_dict().items()}
