@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import inspect
 import io
@@ -929,6 +930,8 @@ def setup_process(device: str, dtype: str) -> Process:
         raise InputError(f"--dtype {dtype!r} is none of auto, {', '.join(kinds)}")
     if dtype == "bf16" and device.startswith("cuda") and not torch.cuda.is_bf16_supported():
         raise InputError("this GPU has no bf16; --dtype fp16 and --dtype fp32 work")
+    if device == "cpu":
+        keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -939,6 +942,18 @@ def setup_process(device: str, dtype: str) -> Process:
                 f"with torchrun --master_port: {reason}"
             ) from None
     return Process(rank, world_size, torch.device(device), kinds[dtype])
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks instead of returning them to the system.
+
+    Every step frees and takes the same gigabyte; clearing its pages anew cost 4% of a step of
+    Swin-B in fp32 and 15% in bf16 on two cores.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def parameter_groups(
