@@ -31,8 +31,9 @@ Paper, released code, and here:
   - Released code hands latents to the decoder in the order of the mask's noise, not of position:
     `release = "2023"`. Correct order is "corrected", the default, also right for old weights.
   - The first release (2022) merges in the order (0,0), (0,1), (1,0), (1,1) and reads wrong token
-    coordinates in stages 2 and 3: `release = "2022"`. The published files date from then: give
-    --release 2022 with them. Fine-tuning permutes their merging weights into (4).
+    coordinates in stages 2 and 3: `release = "2022"`. By all signs the published files date from
+    then: give --release 2022 with them (the setting that is right reconstructs best).
+    Fine-tuning permutes their merging weights into (4).
   - Released fine-tuning uses LayerNorm eps 1e-5 after pre-training with 1e-6; kept.
 
 Letters: B batch, N tokens, V visible and U all mask units, C channels, G groups, S slots per
@@ -72,6 +73,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -176,7 +179,7 @@ class RunConfig:
     num_workers: int | None = None  # loader processes; none = by the number of cores (ours)
     seed: int = 0  # every random draw is a function of it (released script)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ... (ours)
-    dtype: str = "auto"  # auto (bf16 on CUDA, else fp32), fp32, bf16, fp16 (ours)
+    dtype: str = "auto"  # fp32 (TF32 on CUDA), bf16, fp16; auto = bf16 on CUDA, else fp32 (ours)
     compile: bool = False  # torch.compile; pre-training recompiles as groups change (ours)
     grad_checkpoint: bool = False  # recompute blocks in the backward pass (ours)
     fast_decode: bool = False  # JPEG draft decoding for camera-size photographs (ours)
@@ -246,7 +249,7 @@ class UseConfig:
     num_workers: int | None = None  # loader processes; none = by the number of cores (ours)
     seed: int = 0  # of the mask; demo: of everything (ours)
     device: str = "auto"  # auto, cpu, cuda, ... (ours)
-    dtype: str = "auto"  # auto (bf16 on CUDA, else fp32), fp32, bf16, fp16 (ours)
+    dtype: str = "auto"  # fp32 (TF32 on CUDA), bf16, fp16; auto = bf16 on CUDA, else fp32 (ours)
 
 
 LIMITS = {  # smallest and largest value: flags
@@ -330,12 +333,12 @@ def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = 
             n = (rows // k * config.units + columns // k) * k**2 + rows % k * k + columns % k
             rows, columns = n // side, n % side
         window, shift = config.window(stage)
-        plans = []
+        cost = grouping.layer_cost(config.embed_dim * 2**stage)
+        sizing = partial(grouping.cheapest_groups, cost=cost)
+        windows.append([])
         for s in (0, shift) if shift else (0,):
             ids = grouping.window_ids(rows, columns, window, s)
-            sizing = grouping.cheapest_groups
-            plans.append(grouping.plan_groups(rows, columns, ids, window, sizing))
-        windows.append(plans)
+            windows[-1].append(grouping.plan_groups(rows, columns, ids, window, sizing))
 
     rows, columns, side = tokens[0]
     keep = keep.reshape(-1)
@@ -555,16 +558,18 @@ class SwinEncoder(nn.Module):
         self.norm = nn.LayerNorm(self.num_features, eps)
         self.dense_plans: dict[torch.device, MaskPlan] = {}
 
+    def dense_plan(self, device: torch.device) -> MaskPlan:
+        """The plan with nothing masked, made once."""
+        if device not in self.dense_plans:
+            nothing = np.zeros(self.config.units**2, bool)
+            self.dense_plans[device] = to_device(plan_mask(self.config, nothing), device)
+        return self.dense_plans[device]
+
     def stages(self, images: Tensor, plan: MaskPlan | None = None) -> list[Tensor]:
         """(B, 3, H, W) -> visible tokens (B, N, C) of every stage, before merging and norm."""
         if images.shape[-2:] != (self.config.input_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape)}, not {self.config.input_size} px")
-        if plan is None:
-            if images.device not in self.dense_plans:
-                nothing = np.zeros(self.config.units**2, bool)
-                plan = to_device(plan_mask(self.config, nothing), images.device)
-                self.dense_plans[images.device] = plan
-            plan = self.dense_plans[images.device]
+        plan = self.dense_plan(images.device) if plan is None else plan
         x = self.patch_embed(images, plan.patches)  # (B, N, C)
         outputs = []
         for stage, layer in enumerate(self.layers):
@@ -710,7 +715,7 @@ def read_checkpoint(path: str | Path) -> dict:
         run = {k: v for k, v in run.items() if k not in ("config", "classes")}
         if not isinstance(run.get("model"), str) or run["model"] not in OTHER_NAMES:
             run.pop("model", None)
-    elif set(run["config"]) != CONFIG:
+    elif not set(run["config"]) <= CONFIG:
         raise InputError(f"{path}: was written by another script than greenmim.py")
     return file | {"model": state, "args": run}
 
@@ -741,16 +746,16 @@ def swap_merging(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_encoder(model: SwinEncoder, path: str, release: str = "corrected") -> str:
     """Load `path` into an encoder or classifier, of which only a head may stay fresh.
 
-    Returns a sentence on what was adapted; InputError names what does not fit.
+    Our files know their `release`. Returns a sentence on what was adapted; InputError names what
+    does not fit.
     """
-    state, own, notes = swin_names(read_checkpoint(path)["model"]), model.state_dict(), []
-    if release == "2022":
+    file, own, notes = read_checkpoint(path), model.state_dict(), []
+    state = swin_names(file["model"])
+    if file["args"].get("config", {"release": release})["release"] == "2022":
         state = swap_merging(state)
         notes.append("merging weights of the first release reordered")
-    tables = [k for k in own if k.endswith("bias_table") and k in state]
-    if resized := [k for k in tables if len(state[k]) != len(own[k])]:
-        state |= {k: resize_bias_table(state[k], len(own[k])) for k in resized}
-        notes.append(f"{len(resized)} relative position tables interpolated")
+    if resized := resize_tables(state, own):
+        notes.append(f"{resized} relative position tables interpolated")
     head = {k for k in own if k.startswith("head.")}
     if any(k not in state or state[k].shape != own[k].shape for k in head):
         notes.append("the head starts fresh")
@@ -764,14 +769,28 @@ def load_encoder(model: SwinEncoder, path: str, release: str = "corrected") -> s
 
 def load_model(model: GreenMIM, path: str) -> None:
     """Load a whole pre-training file, ours or released."""
-    state = read_checkpoint(path)["model"]
+    state, own = read_checkpoint(path)["model"], model.state_dict()
     state = {k: v for k, v in state.items() if not k.endswith(INDEX_BUFFERS)}
-    check_keys(path, state, model.state_dict())
+    resize_tables(state, own)
+    state["decoder_pos_embed"] = own["decoder_pos_embed"]  # computed, for the size in use
+    check_keys(path, state, own)
     model.load_state_dict(state)
 
 
+def resize_tables(state: dict[str, Tensor], own: dict[str, Tensor]) -> int:
+    """Interpolate the relative position tables of `state` that are of another window; how many."""
+    tables = [k for k in own if k.endswith("bias_table") and k in state]
+    resized = {
+        k: resize_bias_table(state[k], len(own[k]))
+        for k in tables
+        if len(state[k]) != len(own[k]) and state[k].shape[1] == own[k].shape[1]
+    }
+    state.update(resized)
+    return len(resized)
+
+
 def check_keys(path: str, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """InputError that names every difference between a file and a model."""
+    """InputError that names the differences between a file and a model, three in full."""
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
              for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
     wrong += [f"{k} is missing" for k in own if k not in state]
@@ -830,7 +849,7 @@ def export_state(model: SwinEncoder, naming: str) -> dict[str, Tensor]:
         one = grouping.plan_groups(rows, columns, rows * 0, window, grouping.cheapest_groups)
         for j in range(len(layer.blocks)):
             prefix = f"layers.{i}.blocks.{j}."
-            state[prefix + "attn.relative_position_index"] = torch.from_numpy(one.index[0])
+            state[prefix + "attn.relative_position_index"] = torch.from_numpy(one.index[0].copy())
             if shift and j % 2 and side % window == 0:  # else Swin itself does not exist
                 # Swin rolls the map, cuts it into whole windows and masks what the roll joined.
                 edge = (np.arange(side) >= side - window) * 1 + (np.arange(side) >= side - shift)
@@ -866,7 +885,7 @@ def save_file(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
             part.unlink(missing_ok=True)
             raise
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        reason = str(error.__context__ or error).splitlines()[0]
+        reason = (str(error.__context__ or error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"cannot write {path}, what was there is intact: {reason}") from None
 
 
@@ -928,7 +947,8 @@ def setup_process(device: str, dtype: str) -> Process:
         dtype = "bf16" if device.startswith("cuda") else "fp32"
     if dtype not in kinds:
         raise InputError(f"--dtype {dtype!r} is none of auto, {', '.join(kinds)}")
-    if dtype == "bf16" and device.startswith("cuda") and not torch.cuda.is_bf16_supported():
+    old = device.startswith("cuda") and torch.cuda.get_device_capability() < (8, 0)
+    if dtype == "bf16" and old and torch.version.hip is None:  # it would be emulated, slowly
         raise InputError("this GPU has no bf16; --dtype fp16 and --dtype fp32 work")
     if device == "cpu":
         keep_freed_memory()
@@ -1043,6 +1063,32 @@ def find_checkpoint(cfg: RunConfig, run: dict) -> dict | None:
     return None
 
 
+def restore(
+    cfg: RunConfig, process: Process, run: dict, parts: dict, loader: data.TrainLoader
+) -> int:
+    """Load the newest checkpoint, if any, into `parts`; the step to go on from."""
+    batch = cfg.batch_size * cfg.accum_iter * process.world_size
+    run |= {"batch": batch, "images": len(loader.source)}
+    run |= {"fp16": process.dtype is torch.float16}
+    keys = ("seed", "weight_decay", "layer_decay", "linear_probe", "ema", "nb_classes")
+    run |= {key: getattr(cfg, key) for key in keys if hasattr(cfg, key)}
+    step = 0
+    if state := find_checkpoint(cfg, run):
+        step = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        process.say(f"resumed at step {step} of {cfg.epochs * len(loader)}")
+    if process.sum(torch.tensor(float(step), device=process.device)) != step * process.world_size:
+        raise InputError("the processes found different checkpoints; all nodes must share a disk")
+    return step
+
+
+def worker_count(asked: int | None) -> int:
+    """Loader processes: as asked, else by the cores for each process of this node, at most 8."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, (os.cpu_count() or 1) // here) if asked is None else asked
+
+
 def prepare(
     cfg: RunConfig, process: Process, source: data.ImageFiles | None, crop: Callable, per: int
 ) -> tuple[RunConfig, data.TrainLoader, float]:
@@ -1057,19 +1103,16 @@ def prepare(
         probe = Path(cfg.output_dir) / ".writable"
         save_file(probe, lambda file: None)
         probe.unlink()
-    workers = cfg.num_workers
-    if workers is None:
-        workers = min(8, (os.cpu_count() or 1) // process.world_size)
     loader = data.TrainLoader(
         source, crop, batch_size=cfg.batch_size, seed=cfg.seed, rank=process.rank,
-        world_size=process.world_size, accum_iter=cfg.accum_iter, num_workers=workers,
-        pin_memory=process.device.type == "cuda",
+        world_size=process.world_size, accum_iter=cfg.accum_iter,
+        num_workers=worker_count(cfg.num_workers), pin_memory=process.device.type == "cuda",
     )  # fmt: skip
-    lr = cfg.lr or cfg.blr * batch / per
+    lr = cfg.blr * batch / per if cfg.lr is None else cfg.lr
     process.say(
         f"{len(source)} images, {len(loader)} steps an epoch; batch {cfg.batch_size} x "
         f"{cfg.accum_iter} x {process.world_size} processes = {batch}; lr {lr:.3g}"
-        + ("" if cfg.lr else f" = blr {cfg.blr:g} * {batch} / {per}")
+        + ("" if cfg.lr is not None else f" = blr {cfg.blr:g} * {batch} / {per}")
     )
     return cfg, loader, lr
 
@@ -1089,21 +1132,18 @@ def train(
 ) -> None:
     """The loop of `pretrain` and `finetune`.
 
-    `parts` (model, optimizer, perhaps ema) and `run` (what must agree on resuming) make a
-    checkpoint. `schedule(step, lr_scale)` is a group's learning rate, `loss_of(net, images,
-    labels, number)` the loss of micro-batch `number`, `end_of_epoch(epoch)` adds to the log.
+    `parts` (model, optimizer, ema) and `run` (must agree on resuming) make a checkpoint.
+    `schedule(step, lr_scale)` is a group's learning rate, `loss_of(net, images, labels, number)`
+    the loss of micro-batch `number`, `end_of_epoch(epoch)` adds to the log.
     """
     device, output = process.device, Path(cfg.output_dir)
     batch = cfg.batch_size * cfg.accum_iter * process.world_size
     writes = bool(cfg.output_dir) and process.rank == 0
     scaler = torch.amp.GradScaler(device.type, enabled=process.dtype is torch.float16)
     optimizer, net, parts = parts["optimizer"], parts["model"], parts | {"scaler": scaler}
-    step, per_epoch, total = 0, len(loader), cfg.epochs * len(loader)
-    if state := find_checkpoint(cfg, run):
-        step = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        process.say(f"resumed at step {step} of {total}, epoch {step / per_epoch:.2f}")
+    per_epoch, total = len(loader), cfg.epochs * len(loader)
+    step = restore(cfg, process, run, parts, loader)
+    good = output / "checkpoint-last.pth" if step else "none yet"
 
     def save(name: str) -> Path:
         content = {name: part.state_dict() for name, part in parts.items()}
@@ -1115,10 +1155,9 @@ def train(
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     batches, saved = loader.batches(step, total), time.monotonic()
-    good = output / "checkpoint-last.pth" if state else "none yet"
-    loss_sum, seconds, waited, skipped, in_a_row = torch.zeros((), device=device), [], 0.0, 0, 0
+    losses, seconds, waited, skipped, in_a_row, stopping = [], [], 0.0, 0, 0, False
     bar = tqdm(total=total, initial=step, disable=process.rank > 0 or not sys.stderr.isatty())
-    while step < total and not process.sum(torch.tensor(float(stop.is_set()), device=device)):
+    while step < total and not stopping:
         started = time.perf_counter()
         net.train()
         for group in optimizer.param_groups:
@@ -1129,15 +1168,17 @@ def train(
             waited -= time.perf_counter()
             images, labels = next(batches)
             waited += time.perf_counter()
-            images = data.normalize(images.to(device, non_blocking=True))
-            labels = labels.to(device, non_blocking=True)
+            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
             alone = process.world_size > 1 and micro < cfg.accum_iter - 1
             with net.no_sync() if alone else contextlib.nullcontext():
                 with process.autocast():
+                    images = data.normalize(images)
                     loss = loss_of(net, images, labels, step * cfg.accum_iter + micro)
                 scaler.scale(loss / cfg.accum_iter).backward()
-            loss_sum += loss.detach().nan_to_num(0.0, 0.0, 0.0) / cfg.accum_iter
+            losses.append(loss.detach())
+        anyone = process.sum(torch.full((), float(stop.is_set()), device=device))
         finite = apply_gradients(optimizer, scaler, cfg.clip_grad)
+        stopping = bool(anyone)  # the host has just waited for the device
         skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
         if in_a_row == 20:
             raise SystemExit(f"20 steps without a finite gradient; last good checkpoint: {good}")
@@ -1146,28 +1187,38 @@ def train(
         seconds.append(time.perf_counter() - started)
         speed = batch / statistics.median(seconds[-99:])
         if step % cfg.log_every == 0 and bar.disable:
-            loss = loss_sum.item() / len(seconds)
+            loss = torch.stack(losses[-cfg.log_every :]).mean().item()
             process.say(f"step {step}/{total}: loss {loss:.4f}, {speed:.1f} images/s")
         if step % per_epoch == 0:
             epoch = step // per_epoch - 1
-            loss = process.sum(loss_sum).item() / process.world_size / len(seconds)
-            lr = max(group["lr"] for group in optimizer.param_groups)
-            record = {"epoch": epoch, "train_loss": loss, "train_lr": lr, "skipped_steps": skipped}
+            record = {"epoch": epoch} | epoch_totals(process, losses, loader.unreadable)
+            record |= {"train_lr": max(group["lr"] for group in optimizer.param_groups)}
             record |= {"images_per_second": speed, "data_wait": waited / sum(seconds)}
-            record |= {"memory_gb": memory_gb(device), "unreadable_images": loader.unreadable}
+            record |= {"memory_gb": memory_gb(device), "skipped_steps": skipped}
             record |= end_of_epoch(epoch)
             if writes:
                 write_log(output, record)
                 if (epoch + 1) % cfg.save_freq == 0 or step == total:
                     save(f"checkpoint-{epoch}.pth")
-            loss_sum, seconds, waited = torch.zeros((), device=device), [], 0.0
+            losses, seconds, waited = [], [], 0.0
             process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if writes and (step % per_epoch == 0 or time.monotonic() - saved > 60 * cfg.save_every):
             good, saved = save("checkpoint-last.pth"), time.monotonic()
-    if writes and step < total:
+    if writes and stopping:
         good = save("checkpoint-last.pth")
-        print(f"stopped after step {step}; the same command continues from {good}")
     process.sum(torch.zeros((), device=device))  # nobody leaves before all is written
+    if stopping and step < total:
+        process.say(f"stopped after step {step}; the same command continues from {good}")
+        raise SystemExit(0)
+
+
+def epoch_totals(process: Process, losses: list[Tensor], unreadable: int) -> dict:
+    """Mean of the finite losses and number of unreadable images, over all processes."""
+    loss = torch.stack(losses)
+    kept = loss.isfinite()
+    counts = torch.stack([loss[kept].sum(), kept.sum(), torch.full_like(loss[0], unreadable)])
+    total, number, unreadable = process.sum(counts).tolist()
+    return {"train_loss": total / max(number, 1), "unreadable_images": int(unreadable)}
 
 
 def memory_gb(device: torch.device) -> float:
@@ -1246,7 +1297,9 @@ def pretrain(cfg: PretrainConfig) -> None:
             pixels, _, _ = next(data.eval_batches(loader.source, crop, batch_size=8))
             picture = draw_reconstructions(model, pixels, shown)
             save_picture(picture, output / f"reconstruction-{epoch}.png")
-            save_state({"model": export_state(model.encoder, "official")}, output / "backbone.pth")
+            plain = run | {"config": asdict(replace(config, release="corrected"))}
+            backbone = {"model": export_state(model.encoder, "official"), "args": plain}
+            save_state(backbone, output / "backbone.pth")
         return {}
 
     parts = {"model": model, "optimizer": optimizer}
@@ -1290,12 +1343,21 @@ def build_classifier(
     return model
 
 
+def best_so_far(cfg: FinetuneConfig) -> float:
+    """Top-1 of best.pth if this run goes on from a checkpoint, else 0."""
+    output = Path(cfg.output_dir)
+    resumes = cfg.output_dir and cfg.resume != "none" and any(output.glob("checkpoint-*.pth"))
+    if not resumes or not (output / "best.pth").exists():
+        return 0.0
+    return read_checkpoint(output / "best.pth").get("test_acc1", 0.0)
+
+
 def finetune_crop(cfg: FinetuneConfig, size: int) -> data.TrainCrop:
     """Random crop, flip and RandAugment; InputError if policy or batch do not work."""
     if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
         raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
     try:
-        policy = augment.RandAugment(cfg.aa) if cfg.aa else None
+        policy = augment.RandAugment(cfg.aa) if cfg.aa not in ("", "none") else None
     except ValueError as error:
         raise InputError(f"--aa: {error}") from None
     scale = (cfg.crop_min, 1.0)
@@ -1332,9 +1394,11 @@ def accuracy(
 def finetune(cfg: FinetuneConfig) -> dict:
     """Train a classifier on train/<class>/, test it on val/<class>/; returns the last accuracy."""
     process = setup_process(cfg.device, cfg.dtype)
-    config = model_config(cfg.model, input_size=cfg.input_size, window_size=cfg.window_size)
-    if cfg.linear_probe:
-        cfg = replace(cfg, mixup=0, cutmix=0, smoothing=0, reprob=0, aa="", drop_path=0)
+    sizes = {"input_size": cfg.input_size, "window_size": cfg.window_size}
+    config = model_config(cfg.model, release=cfg.release, **sizes)
+    config = replace(config, release="corrected")  # loading adapts older weights
+    plain = {"mixup": 0, "cutmix": 0, "smoothing": 0, "reprob": 0, "aa": "", "drop_path": 0}
+    cfg = replace(cfg, **plain) if cfg.linear_probe else cfg
     source, test, classes = None, None, [str(c) for c in range(1000)]  # of a dry run
     if cfg.data_path:
         source, test = (open_images(cfg.data_path, split) for split in ("train", "val"))
@@ -1346,12 +1410,13 @@ def finetune(cfg: FinetuneConfig) -> dict:
 
     torch.manual_seed(cfg.seed)
     model = build_classifier(cfg, config, num_classes, process.say).to(process.device)
+    model.dense_plan(process.device)  # not while torch.compile looks on
     groups = parameter_groups(model, cfg.weight_decay, config.depths, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr, fused=process.device.type != "mps")
     parts, judged = {"model": model, "optimizer": optimizer}, model
     if cfg.ema:
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema)
-        ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+        average = swa_utils.get_ema_multi_avg_fn(cfg.ema)
+        ema = swa_utils.AveragedModel(model, multi_avg_fn=average)
         optimizer.register_step_post_hook(lambda *_: ema.update_parameters(model))
         parts, judged = parts | {"ema": ema}, ema.module
     run = {"command": "finetune", "model": cfg.model, "config": asdict(config), "classes": classes}
@@ -1364,14 +1429,12 @@ def finetune(cfg: FinetuneConfig) -> dict:
         return F.cross_entropy(net(images).float(), targets)
 
     total, warmup = cfg.epochs * len(loader), int(cfg.warmup_epochs * len(loader))
-    start, low = (value * lr / cfg.blr for value in (cfg.warmup_lr, cfg.min_lr))
+    start, low = (value * (lr / cfg.blr if cfg.blr else 1) for value in (cfg.warmup_lr, cfg.min_lr))
 
     def schedule(step: int, scale: float) -> float:
         return finetune_lr(step, lr * scale, start, low, warmup, total)
 
-    result, best_file = {}, Path(cfg.output_dir) / "best.pth"
-    resuming = best_file.exists() and cfg.output_dir and find_checkpoint(cfg, run)
-    best = read_checkpoint(best_file)["test_acc1"] if resuming else 0.0
+    result, best, best_file = {}, best_so_far(cfg), Path(cfg.output_dir) / "best.pth"
 
     def end_of_epoch(epoch: int) -> dict:
         nonlocal best
@@ -1418,26 +1481,36 @@ def open_weights(cfg: UseConfig) -> tuple[dict, ModelConfig]:
     file = read_checkpoint(cfg.weights)
     run = file["args"]
     name = cfg.model or run.get("model", "swin_b")
-    base = ModelConfig(**run["config"]) if "config" in run and not cfg.model else None
-    release = cfg.release if base is None or cfg.release != "corrected" else None
+    if "config" in run and OTHER_NAMES.get(name, name) != run["model"]:
+        raise InputError(f"{cfg.weights} is of --model {run['model']}, not {name}")
+    base = ModelConfig(**run["config"]) if "config" in run else None
+    release = None if base else cfg.release  # our files know theirs
     return file, model_config(
         name, base, input_size=cfg.input_size, window_size=cfg.window_size, release=release
     )
 
 
+def open_encoder(cfg: UseConfig) -> tuple[dict, SwinEncoder, str]:
+    """The file of --weights, its encoder or classifier, and what was adapted in loading."""
+    file, config = open_weights(cfg)
+    head, plain = swin_names(file["model"]).get("head.weight"), replace(config, release="corrected")
+    model = SwinEncoder(plain) if head is None else SwinClassifier(plain, len(head))
+    return file, model, load_encoder(model, cfg.weights, cfg.release)
+
+
 def evaluate(cfg: UseConfig) -> dict:
     """Top-1 and top-5 of a fine-tuned file on val/<class>/, each image counted once."""
     process = setup_process(cfg.device, cfg.dtype)
-    file, config = open_weights(cfg)
-    head = swin_names(file["model"]).get("head.weight")
-    if head is None:
+    file, model, adapted = open_encoder(cfg)
+    if not isinstance(model, SwinClassifier):
         raise InputError(f"{cfg.weights} has no classification head; make one with finetune")
     source = open_images(cfg.data_path, "val")
-    classes = file["args"].get("classes", source.classes)
-    check_classes(classes, source.classes, len(head))
-    model = SwinClassifier(replace(config, release="corrected"), len(head))
-    process.say(load_encoder(model, cfg.weights, config.release))
-    workers = cfg.num_workers or 0
+    classes, outputs = file["args"].get("classes"), model.head.out_features
+    if not classes and len(source.classes) != outputs:
+        raise InputError(f"the data has {len(source.classes)} classes, the model {outputs}")
+    check_classes(classes or source.classes, source.classes, outputs)
+    process.say(adapted)
+    workers = worker_count(cfg.num_workers)
     result = accuracy(model.to(process.device), process, source, cfg.batch_size, workers)
     process.say(json.dumps(result))
     return result
@@ -1494,34 +1567,36 @@ def reconstruct(cfg: UseConfig) -> None:
         raise InputError(f"{cfg.data_path}: none of the images can be read")
     plan = draw_plan(config, cfg.mask_ratio, (cfg.seed,))
     output = cfg.output or "reconstruction.png"
-    save_picture(draw_reconstructions(model.to(process.device), pixels, plan), Path(output))
+    picture = draw_reconstructions(model.to(process.device), pixels, plan)
+    if process.rank == 0:
+        save_picture(picture, Path(output))
     process.say(f"wrote {output}")
 
 
 def export(cfg: UseConfig) -> None:
     """Encoder, and head if there is one, in timm's or official Swin's parameter names."""
-    file, config = open_weights(cfg)
-    head, plain = swin_names(file["model"]).get("head.weight"), replace(config, release="corrected")
-    model = SwinEncoder(plain) if head is None else SwinClassifier(plain, len(head))
-    print(load_encoder(model, cfg.weights, config.release))
+    _, model, adapted = open_encoder(cfg)
     state = export_state(model, cfg.naming)
     output = Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
-    safe = output.suffix == ".safetensors"
-    save_state(state if safe or cfg.naming == "timm" else {"model": state}, output)
-    print(f"wrote {len(state)} tensors to {output}")
+    bare = output.suffix == ".safetensors" or cfg.naming == "timm"
+    save_state(state if bare else {"model": state}, output)
+    print(f"{adapted}; wrote {len(state)} tensors to {output}")
+    stages = [(model.config.units * model.config.unit_tokens(i), model.config.window(i)[0])
+              for i in range(len(model.layers))]  # fmt: skip
+    if any(side % window for side, window in stages):
+        print("note: windows that do not divide a map are cut here, but padded or refused there")
 
 
 @torch.no_grad()
 def features(cfg: UseConfig) -> None:
     """Pooled features (n, C), or maps (n, C, h, w) of every stage, and file names, as .npz."""
     process = setup_process(cfg.device, cfg.dtype)
-    _, config = open_weights(cfg)
-    model = SwinEncoder(replace(config, release="corrected"))
-    process.say(load_encoder(model, cfg.weights, config.release))
+    _, model, adapted = open_encoder(cfg)
+    process.say(adapted)
     model.to(process.device).eval()
     source, found = open_images(cfg.data_path), {}
-    crop = data.EvalCrop(config.input_size)
-    workers = cfg.num_workers or 0
+    crop = data.EvalCrop(model.config.input_size)
+    workers = worker_count(cfg.num_workers)
     batches = data.eval_batches(source, crop, batch_size=cfg.batch_size, num_workers=workers)
     for images, _, indices in tqdm(batches, disable=not sys.stderr.isatty()):
         with process.autocast():
@@ -1538,7 +1613,8 @@ def features(cfg: UseConfig) -> None:
         raise InputError(f"{cfg.data_path}: none of the images can be read")
     output = cfg.output or "features.npz"
     arrays = {k: np.concatenate(v) for k, v in found.items()}
-    save_file(Path(output), lambda file: np.savez(file, **arrays))
+    if process.rank == 0:
+        save_file(Path(output), lambda file: np.savez(file, **arrays))
     process.say(f"wrote {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} to {output}")
 
 
@@ -1551,7 +1627,9 @@ def demo(cfg: UseConfig) -> None:
     torch.manual_seed(cfg.seed)
     # The twin starts where pre-training starts, so that only pre-training tells them apart.
     start = {"model": export_state(GreenMIM(config).encoder, "official")}
-    save_state(start, output / "start.pth")
+    process = setup_process(cfg.device, "auto")
+    if process.rank == 0:
+        save_state(start, output / "start.pth")
     pretrain(PretrainConfig(
         **both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
         batch_size=64, epochs=8, warmup_epochs=1,
@@ -1565,7 +1643,7 @@ def demo(cfg: UseConfig) -> None:
         ))  # fmt: skip
         result[f"{name}_acc1"] = round(tested["test_acc1"], 1)
     result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-7.png")}
-    print(json.dumps(result | {"seconds": round(time.monotonic() - began, 1)}))
+    process.say(json.dumps(result | {"seconds": round(time.monotonic() - began, 1)}))
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────
@@ -1588,6 +1666,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def or_none(kind: type) -> Callable[[str], object]:
+    """Type of a flag whose value may also be the word none."""
+
+    def parse(text: str) -> object:
+        return None if text.lower() == "none" else kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's message
+    return parse
+
+
 def parse_config(argv: Sequence[str]) -> tuple[Callable, object]:
     """The command's function and its config: class defaults, then the recipe, then the flags."""
     command = argv[0] if argv and not argv[0].startswith("-") else "pretrain"
@@ -1602,17 +1690,20 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, object]:
     for base in reversed(config_class.__mro__[:-1]):  # help = the field's trailing comment
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for field in fields(config_class):
-        kind = (typing.get_args(hints[field.name]) or (hints[field.name],))[0]  # T of T | None
+        kind, *optional = typing.get_args(hints[field.name]) or (hints[field.name],)  # T | None
         names = dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")])
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        how = {"type": or_none(kind) if optional else kind}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
         text = f"{helps[field.name]} [{field.default}]".replace("%", "%%")
         parser.add_argument(*names, default=argparse.SUPPRESS, help=text, **how)
-    given = vars(parser.parse_args(argv[argv[:1] == [command] :]))
+    flags = argv[1:] if argv[:1] == [command] else argv
+    flags = ["--no-" + flag[5:] if flag.startswith("--no_") else flag for flag in flags]
+    given = vars(parser.parse_args(flags))
     name = given.get("model", config_class.model)
     given["model"] = name = OTHER_NAMES.get(name, name)
     recipe = config_class(**RECIPES.get((command, name), {}))
     for (low, high), names in LIMITS.items():
-        for key in given.keys() & set(names.split()):
+        for key in [k for k in names.split() if given.get(k) is not None]:
             if not low <= given[key] <= high or math.isinf(given[key]):
                 raise InputError(f"--{key} {given[key]} does not lie between {low} and {high}")
     usual = asdict(recipe)
@@ -1627,12 +1718,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         function, cfg = parse_config(sys.argv[1:] if argv is None else list(argv))
         function(cfg)
-    except InputError as error:
+    except InputError as error:  # others may be waiting for this process: no common farewell
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except SystemExit as stopped:  # by SIGTERM, with code 0; else with a sentence
+        if stopped.code:
+            raise
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
     return 0
 
 

@@ -373,7 +373,7 @@ class TrainLoader:
     def batches(self, start_step: int, total_steps: int) -> Iterator[list[torch.Tensor]]:
         """Images uint8 (B, 3, S, S), labels (B,): `accum_iter` pairs for each optimizer update."""
         # More than 1% of bad images is the user's to mend; five must pass for small folders' sake.
-        bad, limit = {}, max(5, len(self.source) // 100)
+        bad, limit = {}, max(5, len(self.source) // 100 // self.world_size)
         data = _Batches(self.source, self.transform, self.seed, limit + 1)
         keys = map(self._key, range(start_step * self.accum_iter, total_steps * self.accum_iter))
         for images, labels, _ in data.load(keys, bad, self.num_workers, self.pin_memory):

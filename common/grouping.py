@@ -96,14 +96,16 @@ def attention_cost(groups: int, size: int) -> float:
     return groups * size**2
 
 
-def cheapest_groups(counts: Sequence[int], window_area: int) -> list[list[int]]:
-    """The default: the paper's search, with the cost of attention alone."""
-    return search_groups(counts, attention_cost)[1]
-
-
 def layer_cost(channels: int) -> Cost:
     """Multiply-adds of a whole attention layer that also runs padding through its projections."""
     return lambda groups, size: groups * (4 * size * channels**2 + 2 * size**2 * channels)
+
+
+def cheapest_groups(
+    counts: Sequence[int], window_area: int, cost: Cost = attention_cost
+) -> list[list[int]]:
+    """The groups of the size that costs least, as a sizing rule for `plan_groups`."""
+    return search_groups(counts, cost)[1]
 
 
 def window_ids(rows: np.ndarray, columns: np.ndarray, window: int, shift: int) -> np.ndarray:

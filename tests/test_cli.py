@@ -1157,7 +1157,7 @@ BAD_USE = {
     "no head, backbone": (
         "evaluate --model swin_test --weights {p}/backbone.pth --data_path {d}", "head",
     ),
-    "no decoder": ("reconstruct --weights {f}/best.pth --data_path {d}", "best.pth decoder"),
+    "no decoder": ("reconstruct --weights {f}/best.pth --data_path {d}", "best.pth mask_token"),
     "evaluate without val": (
         "evaluate --weights {f}/best.pth --data_path {b}/no_val", "no_val/val",
     ),
@@ -1166,7 +1166,7 @@ BAD_USE = {
     ),
     "evaluate another model": (
         "evaluate --model swin_demo --weights {f}/best.pth --data_path {d}",
-        "best.pth patch_embed.proj.weight",
+        "best.pth swin_demo",
     ),
     "evaluate another method": ("evaluate --weights {b}/method.pth --data_path {d}", "method.pth"),
     "evaluate truncated": ("evaluate --weights {b}/half.pth --data_path {d}", "half.pth"),

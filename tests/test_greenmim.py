@@ -821,7 +821,7 @@ def run_with(
 ) -> tuple[MaskPlan, Tensor, Tensor, dict[str, Tensor]]:
     """Plan by `sizing`, loss, predictions and gradients of a filled model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouping, "cheapest_groups", sizing)
+        patch.setattr(grouping, "cheapest_groups", lambda c, area, cost: sizing(c, area))
         plan = plan_of(config, mask)
     model = build(config)
     loss, prediction = model(pictures(config), plan)
