@@ -320,6 +320,8 @@ def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = 
 
     `noise` (U,), which the mask was drawn from, matters to `release` "2023" and "2022" only.
     """
+    if np.size(mask) != config.units**2:
+        raise ValueError(f"the mask has {np.size(mask)} units, the model {config.units**2}")
     keep = ~np.asarray(mask, bool).reshape(config.units, config.units)
     legacy = config.release == "2022"
     tokens, windows = [], []
@@ -333,6 +335,7 @@ def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = 
             n = (rows // k * config.units + columns // k) * k**2 + rows % k * k + columns % k
             rows, columns = n // side, n % side
         window, shift = config.window(stage)
+        # Padding costs gathers rather than layers here, but this cost measured fastest (README).
         cost = grouping.layer_cost(config.embed_dim * 2**stage)
         sizing = partial(grouping.cheapest_groups, cost=cost)
         windows.append([])
@@ -431,7 +434,7 @@ class GroupWindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, plan: grouping.GroupPlan) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
+        """(B, N, C) -> (B, N, C); for the plan's fields see `grouping.GroupPlan`."""
         groups, _, size, _ = plan.bias.shape
         x = self.qkv(x)  # (B, N, 3C)
         if plan.slots is not None:
@@ -762,7 +765,7 @@ def load_encoder(model: SwinEncoder, path: str, release: str = "corrected") -> s
         own = {k: v for k, v in own.items() if k not in head}
         head = set()
     state = {k: v for k, v in state.items() if k in head or not k.startswith("head.")}
-    check_keys(path, state, own)
+    check_keys(f"{path} (of --model {file['args'].get('model', 'unknown')})", state, own)
     model.load_state_dict(state, strict=False)
     return f"loaded {path}: {', '.join(notes) or 'all weights as they are'}"
 
@@ -771,6 +774,8 @@ def load_model(model: GreenMIM, path: str) -> None:
     """Load a whole pre-training file, ours or released."""
     state, own = read_checkpoint(path)["model"], model.state_dict()
     state = {k: v for k, v in state.items() if not k.endswith(INDEX_BUFFERS)}
+    if not any(k.startswith("decoder_pred.") for k in state):
+        raise InputError(f"{path} has no decoder (mask_token, ...): give a pre-training checkpoint")
     resize_tables(state, own)
     state["decoder_pos_embed"] = own["decoder_pos_embed"]  # computed, for the size in use
     check_keys(path, state, own)
@@ -1584,7 +1589,8 @@ def export(cfg: UseConfig) -> None:
     stages = [(model.config.units * model.config.unit_tokens(i), model.config.window(i)[0])
               for i in range(len(model.layers))]  # fmt: skip
     if any(side % window for side, window in stages):
-        print("note: windows that do not divide a map are cut here, but padded or refused there")
+        print("note: timm pads windows that do not divide a map, official Swin refuses them; "
+              "here they are cut, so answers differ")  # fmt: skip
 
 
 @torch.no_grad()
@@ -1632,17 +1638,17 @@ def demo(cfg: UseConfig) -> None:
         save_state(start, output / "start.pth")
     pretrain(PretrainConfig(
         **both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
-        batch_size=64, epochs=8, warmup_epochs=1,
+        batch_size=64, epochs=6, warmup_epochs=1,
     ))  # fmt: skip
     result = {}
     for name, weights in (("pretrained", "pretrain/backbone.pth"), ("scratch", "start.pth")):
         tested = finetune(FinetuneConfig(
             **both, data_path="drawn:1000", weights=str(output / weights),
-            output_dir=str(output / name), batch_size=25, epochs=8, warmup_epochs=1.5,
-            layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="", drop_path=0, test_freq=8,
+            output_dir=str(output / name), batch_size=25, epochs=7, warmup_epochs=1.5,
+            layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="", drop_path=0, test_freq=7,
         ))  # fmt: skip
         result[f"{name}_acc1"] = round(tested["test_acc1"], 1)
-    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-7.png")}
+    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-5.png")}
     process.say(json.dumps(result | {"seconds": round(time.monotonic() - began, 1)}))
 
 
@@ -1707,9 +1713,11 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, object]:
             if not low <= given[key] <= high or math.isinf(given[key]):
                 raise InputError(f"--{key} {given[key]} does not lie between {low} and {high}")
     usual = asdict(recipe)
+    places = ("model", "data_path", "output_dir", "weights", "num_workers", "device", "resume")
+    usual |= {key: given[key] for key in places if key in given}
     changed = [f"{k} {v!r} (recipe: {usual[k]!r})" for k, v in given.items() if v != usual[k]]
     if command in ("pretrain", "finetune") and changed and os.environ.get("RANK", "0") == "0":
-        print(f"{command}: {', '.join(changed)}")
+        print(f"differs from the recipe: {', '.join(changed)}")
     return function, replace(recipe, **given)
 
 

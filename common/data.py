@@ -148,9 +148,18 @@ class DrawnImages(ImageFiles):
 
     def __init__(self, split: str, length: int, size: int = 64) -> None:
         names, self.size = [f"{split}/{index}" for index in range(length)], size
+        self.drawn: dict[int, Image.Image] = {}
         super().__init__(names, np.arange(length) % len(SHAPES), list(SHAPES))
 
     def open(self, index: int) -> Image.Image:
+        if index not in self.drawn:
+            if len(self.drawn) == 10_000:  # 120 MB of 64 px
+                self.drawn.clear()
+            self.drawn[index] = self.draw(index)
+        return self.drawn[index].copy()
+
+    def draw(self, index: int) -> Image.Image:
+        """The image, drawn anew."""
         random = np.random.default_rng(list(self.name(index).encode())).random
         background = random(3)
         colours = background, (background + 0.3 + 0.4 * random(3)) % 1
@@ -360,7 +369,8 @@ class TrainLoader:
         self.unreadable, batch = 0, self.batch_size * self.world_size * self.accum_iter
         self._steps = len(self.source) // batch
         if not self._steps:
-            raise InputError(f"{len(self.source)} images do not fill one global batch of {batch}")
+            raise InputError(f"{len(self.source)} images do not fill one global batch of {batch}: "
+                             "lower the batch size")
 
     def __len__(self) -> int:
         return self._steps

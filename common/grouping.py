@@ -92,12 +92,12 @@ def search_groups(counts: Sequence[int], cost: Cost) -> tuple[int, list[list[int
 
 
 def attention_cost(groups: int, size: int) -> float:
-    """Entries of the attention matrices. All that padding costs if linear layers skip it."""
+    """Entries of the attention matrices."""
     return groups * size**2
 
 
 def layer_cost(channels: int) -> Cost:
-    """Multiply-adds of a whole attention layer that also runs padding through its projections."""
+    """The paper's cost: multiply-adds of an attention layer, its projections padded as well."""
     return lambda groups, size: groups * (4 * size * channels**2 + 2 * size**2 * channels)
 
 
