@@ -40,7 +40,7 @@ Letters: B batch, N tokens, V visible and U all mask units, C channels, G groups
 group, h heads, d head width, P values of a patch.
 
 Usage:
-    python greenmim.py demo                                          three minutes, two CPU cores
+    python greenmim.py demo                                          two minutes, two CPU cores
     torchrun --nproc_per_node 8 greenmim.py --model swin_b --data_path /imagenet
     torchrun --nproc_per_node 8 greenmim.py finetune --weights output/pretrain/backbone.pth \
         --model swin_b --data_path /imagenet
