@@ -1279,7 +1279,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.95), fused=process.device.type != "mps")
     run = {"command": "pretrain", "model": cfg.model, "config": asdict(config)}
 
-    # Masks are planned one step ahead on another thread, so never on the device's time.
+    # Masks are planned one micro-batch ahead on a thread, so never on the device's time.
     planner, ahead = ThreadPoolExecutor(1), {}
 
     def loss_of(net: nn.Module, images: Tensor, _: Tensor, number: int) -> Tensor:
