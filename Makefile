@@ -2,18 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint benchmark
+.PHONY: demo test test-all golden lint same benchmark
 demo: .venv/ready
 	$(BIN)/python greenmim.py demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: .venv/ready  # full-size models and the demo on three seeds as well
-	$(BIN)/python -m pytest -q --durations=15
+test-all: .venv/ready  # full-size models, and the demos on three seeds, too
+	$(BIN)/python -m pytest -q --durations=15 --demo_seeds 3
+
+golden: .venv/ready  # the released code's answers under every CPU kernel, one thread and two
+	for kernel in default avx2 ""; do for threads in 1 2; do \
+	  echo "kernel $${kernel:-native}, threads $$threads"; \
+	  env $${kernel:+ATEN_CPU_CAPABILITY=$$kernel} OMP_NUM_THREADS=$$threads \
+	    $(BIN)/python -m pytest -q -k golden -m "not slow" || exit 1; \
+	done; done
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+
+same: .venv/ready  # copy what the scripts share from greenmim.py to the others
+	$(BIN)/python -m tests.same
 
 benchmark: .venv/ready
 	$(BIN)/python -m tests.benchmark

@@ -2,51 +2,63 @@
 
 Huang, You, Zheng, Wang, Qian, Yamasaki: "Green Hierarchical Vision Transformer for Masked Image
 Modeling", NeurIPS 2022, arXiv 2205.13515. Fine-tuning follows SimMIM, arXiv 2111.09886.
+The method is this file, from "masking" to "model", and `common/grouping.py`, which packs windows.
 
 The idea. MAE drops masked tokens before its plain ViT; a hierarchical ViT needs them for its
-windows and its 2x2 merging. Here the mask unit is as large as one token of the last stage, so a
-2x2 block is visible or hidden as a whole and merging just works. Local windows then hold unequal
-numbers of visible tokens: whole windows are packed into groups of equal size, and attention runs
-inside groups, masked so that a token sees its own window only. The result is exactly window
-attention on the visible tokens, at about a quarter of the cost.
+windows and its 2x2 merging. Here what is masked is a unit of 32 px, as large as one token of the
+last stage (a patch, which is embedded, has 4 px): a 2x2 block is visible or hidden as a whole, and
+merging just works. Windows then hold unequal numbers of visible tokens: whole windows are packed
+into groups of equal size, and attention runs inside groups, masked so that a token sees its own
+window only. The result is exactly window attention on the visible tokens, at about a quarter of
+the cost. Unlike in MAE all images of a batch share one mask, so that they share one packing.
 
-    x = embed(patches)[visible]                                                     (1)
-    x = x + proj(softmax(q k^T / sqrt(d) + B + M) v)    q, k, v gathered by group   (2)
-    x = x + fc2(gelu(fc1(norm(x))))                     real tokens, no padding     (3)
-    x = W norm([x(0,0), x(1,0), x(0,1), x(1,1)])        (row, column) in a block    (4)
-    t = (p - mean(p)) / sqrt(var(p) + 1e-6)             p one 32x32x3 patch         (5)
-    loss = mean over hidden patches of (prediction - t)^2                           (6)
+    x = norm(embed(patches)[visible])                                                     (1)
+    x = x + proj(softmax(q k^T / sqrt(d) + R + M) v), q, k, v = linear(norm(x)) by group  (2)
+    x = x + fc2(gelu(fc1(norm(x))))                                                       (3)
+    x = W norm([x(0,0), x(1,0), x(0,1), x(1,1)])       (row, column) in a 2x2 block       (4)
+    t = (u - mean(u)) / sqrt(var(u) + 1e-6)            u the pixels of one unit           (5)
+    loss = mean over hidden units of (prediction - t)^2                                   (6)
 
-B is the learned relative position bias, M is 0 inside a window and -inf between windows.
+R is the learned relative position bias; M is 0 inside a window and -inf between windows. A group
+has S slots; those that its windows leave empty hold copies of token 0, which count as a window of
+their own, so that no row of M is all -inf, and which nobody reads. `grouping.GroupPlan` holds
+    slots (G * S,)         the token in each slot: how q, k, v are gathered into groups
+    places (N,)            the slot of each token: how results are put back in token order
+    index (G, S, S)        for each pair of slots its row of the table of R
+    apart (G, 1, S, S)     M
 
-Data flow of Swin-B at 224 px, window 7, ratio 0.75: U = 49 units of 32 px, V = 12 visible
-    images (B, 3, 224, 224) -> patches of 4 px, the visible ones only    (B, 768, 128)
-    stage 1, merge (B, 192, 256) -> stage 2, merge (B, 48, 512) -> stage 3, merge (B, 12, 1024)
-    stage 4, norm, Linear (B, 12, 512) -> add mask tokens, restore order (B, 49, 512)
-    one ViT block, norm, Linear on the 37 hidden positions               (B, 37, 3072)
+Data flow of Swin-B at 224 px, window 7, ratio 0.75: U = 49 units, V = 12 visible. Stages count
+from 0, as in the parameter names.
+    images (B, 3, 224, 224) -> patches of 4 px, the visible ones only      (B, 768, 128)
+    stage 0, merge (B, 192, 256) -> stage 1, merge (B, 48, 512) -> stage 2, merge (B, 12, 1024)
+    stage 3, norm, Linear (B, 12, 512) -> add mask tokens, in their places (B, 49, 512)
+    one ViT block, norm, Linear on the 37 hidden positions                 (B, 37, 3072)
 
 Paper, released code, and here:
   - The paper searches the group size that costs least; released code fixes min(w^2, fullest
     window) and runs padding through every layer. Here `cheapest_groups`, and no padded rows.
-  - Released code hands latents to the decoder in the order of the mask's noise, not of position:
-    `release = "2023"`. Correct order is "corrected", the default, also right for old weights.
-  - The first release (2022) merges in the order (0,0), (0,1), (1,0), (1,1) and reads wrong token
-    coordinates in stages 2 and 3: `release = "2022"`. By all signs the published files date from
-    then: give --release 2022 with them (the setting that is right reconstructs best).
-    Fine-tuning permutes their merging weights into (4).
+  - Released code puts latents at wrong positions: it places them as if they stood in the order of
+    the mask's random numbers, while they stand in raster order. `release` "2023" does so too,
+    "corrected", the default, does not; weights trained either way work with "corrected".
+  - The first release, "2022", does that too, merges in the order (0,0), (0,1), (1,0), (1,1), and
+    reads wrong token coordinates in stages 1 and 2. By all signs the published files are of this
+    release: give --release 2022 with them, and merging weights are put in the order of (4) as
+    they are read. To find out what a file needs, `reconstruct` with each: the right release has
+    the lowest loss. Files written here know what they are.
   - Released fine-tuning uses LayerNorm eps 1e-5 after pre-training with 1e-6; kept.
 
-Letters: B batch, N tokens, V visible and U all mask units, C channels, G groups, S slots per
-group, h heads, d head width, P values of a patch.
+Letters: B batch, N tokens, V visible and U all units, C channels, D decoder width, G groups,
+S slots of a group, h heads, d head width, P values of a unit; H, W pixels, (h, w) tokens of a map.
+Comments say where a value is from: (paper), (released ...), (SimMIM), (MAE), (ours) = chosen here.
 
 Usage:
-    python greenmim.py demo                                          two minutes, two CPU cores
+    python greenmim.py demo                                          about a minute, two CPU cores
     torchrun --nproc_per_node 8 greenmim.py --model swin_b --data_path /imagenet
-    torchrun --nproc_per_node 8 greenmim.py finetune --weights output/pretrain/backbone.pth \
-        --model swin_b --data_path /imagenet
+    torchrun --nproc_per_node 8 greenmim.py finetune --data_path /imagenet \
+        --weights output/greenmim/pretrain/backbone.pth
     python greenmim.py {evaluate,reconstruct,export,features} --help
 
-To copy: this file and `common/`. The method alone: from "masking" to "model".
+To copy: this file and `common/`. The method alone: `ModelConfig`, and from "masking" to "model".
 """
 
 from __future__ import annotations
@@ -55,12 +67,11 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import fcntl
 import inspect
-import io
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import signal
@@ -68,20 +79,23 @@ import statistics
 import sys
 import threading
 import time
+import traceback
+import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
@@ -91,29 +105,39 @@ from common import augment, data, grouping
 from common.data import InputError
 
 # ── config ────────────────────────────────────────────────────────────────────────────
+# A field's type says what it may hold, its trailing comment is the help of its flag. To read the
+# method, `ModelConfig` is enough; then go on at "masking".
+
+Count = Annotated[int, (1, 10**6)]
+Whole = Annotated[int, (0, 2**63 - 1)]
+Amount = Annotated[float, (0.0, 1e30)]
+Share = Annotated[float, (0.0, 1.0)]
+Pixels = Annotated[int, (1, 4096)] | tuple[int, int]  # a side, or 224x320: height and width
+DType = Literal["auto", "fp32", "bf16", "fp16"]
+SCRIPT = Path(__file__).stem
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture only; stored in every checkpoint."""
 
-    input_size: int = 224
-    patch_size: int = 4
-    embed_dim: int = 128
-    depths: tuple[int, ...] = (2, 2, 18, 2)
-    num_heads: tuple[int, ...] = (4, 8, 16, 32)
-    window_size: int = 7
-    mlp_ratio: float = 4.0
-    decoder_dim: int = 512
-    decoder_depth: int = 1
-    decoder_num_heads: int = 16
+    input_size: Annotated[int, (1, 4096)] = 224
+    patch_size: Annotated[int, (1, 64)] = 4
+    embed_dim: Annotated[int, (1, 4096)] = 128
+    depths: tuple[Annotated[int, (1, 99)], ...] = (2, 2, 18, 2)
+    num_heads: tuple[Count, ...] = (4, 8, 16, 32)
+    window_size: Annotated[int, (1, 1024)] = 7
+    mlp_ratio: Annotated[float, (0.01, 100.0)] = 4.0
+    decoder_dim: Annotated[int, (4, 4096)] = 512
+    decoder_depth: Annotated[int, (1, 99)] = 1
+    decoder_num_heads: Count = 16
     norm_pix_loss: bool = True
-    release: str = "corrected"  # or "2023", "2022": which released behaviour
+    release: Literal["corrected", "2023", "2022"] = "corrected"  # which released behaviour
 
     @property
     def mask_unit(self) -> int:
         """Side of a mask unit in pixels: one token of the last stage."""
-        return self.patch_size * 2 ** (len(self.depths) - 1)
+        return self.patch_size * self.unit_tokens(0)
 
     @property
     def units(self) -> int:
@@ -121,29 +145,31 @@ class ModelConfig:
         return self.input_size // self.mask_unit
 
     def unit_tokens(self, stage: int) -> int:
-        """Tokens per side of a mask unit: 8, 4, 2, 1 in the four stages of Swin."""
+        """Tokens per side of a mask unit: 8, 4, 2, 1 in stages 0 to 3 of Swin."""
         return 2 ** (len(self.depths) - 1 - stage)
 
-    def window(self, stage: int) -> tuple[int, int]:
-        """(window, shift): a map no larger than the window is one window and never shifted."""
-        resolution = self.units * self.unit_tokens(stage)
-        if resolution <= self.window_size:
-            return resolution, 0
-        return self.window_size, self.window_size // 2
+    def side(self, stage: int) -> int:
+        """Tokens per side of a stage's map."""
+        return self.units * self.unit_tokens(stage)
+
+    def window(self, stage: int) -> int:
+        """Window that a stage's bias tables are made for: no larger than its map."""
+        return min(self.window_size, self.side(stage))
 
 
-SMALL = {"embed_dim": 96, "num_heads": (3, 6, 12, 24)}
-LARGE = {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}
+TINY = {"embed_dim": 96, "num_heads": (3, 6, 12, 24)}
+NARROW = {"input_size": 128, "embed_dim": 64, "depths": (2, 2, 6, 2), "num_heads": (2, 4, 8, 16)}
 DEMO = {"input_size": 48, "embed_dim": 64, "depths": (2, 4), "num_heads": (2, 4)}
 TEST = {"input_size": 64, "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4)}
 MODELS = {
     "swin_b": ModelConfig(),
     "swin_b_win14": ModelConfig(window_size=14),
-    "swin_l_win14": ModelConfig(**LARGE, window_size=14),
-    "swin_t": ModelConfig(**SMALL, depths=(2, 2, 6, 2)),  # ours, by the same recipe
-    "swin_s": ModelConfig(**SMALL),  # ours, by the same recipe
-    "swin_demo": ModelConfig(**DEMO, window_size=6, decoder_dim=96, decoder_num_heads=3),  # ours
-    "swin_test": ModelConfig(**TEST, window_size=3, decoder_dim=32, decoder_num_heads=2),  # ours
+    "swin_l_win14": ModelConfig(embed_dim=192, num_heads=(6, 12, 24, 48), window_size=14),
+    "swin_t": ModelConfig(**TINY, depths=(2, 2, 6, 2)),  # ours, by the same recipe
+    "swin_s": ModelConfig(**TINY),  # ours, by the same recipe
+    "swin_n": ModelConfig(**NARROW, window_size=8, decoder_dim=256, decoder_num_heads=8),  # ours
+    "demo": ModelConfig(**DEMO, window_size=6, decoder_dim=96, decoder_num_heads=3),  # ours
+    "test": ModelConfig(**TEST, window_size=3, decoder_dim=32, decoder_num_heads=2),  # ours
 }
 OTHER_NAMES = {  # timm's, and the constructors of released code
     "swin_tiny_patch4_window7_224": "swin_t",
@@ -153,134 +179,146 @@ OTHER_NAMES = {  # timm's, and the constructors of released code
     "green_mim_swin_base_patch4_win14_dec512b1": "swin_b_win14",
     "green_mim_swin_large_patch4_win14_dec512b1": "swin_l_win14",
 }
-RECIPES = {  # where the released scripts differ from the defaults below
-    ("pretrain", "swin_b_win14"): {"blr": 1.5e-4},
-    ("finetune", "swin_l_win14"): {
+RECIPES = {  # by command, recipe and, where it matters, model: what differs from the classes below
+    ("pretrain", "published", "swin_b_win14"): {"blr": 1.5e-4},
+    ("finetune", "published", "swin_l_win14"): {
         "blr": 1e-3, "warmup_lr": 2e-7, "min_lr": 3.5e-7, "layer_decay": 0.8, "drop_path": 0.3,
     },
+    ("pretrain", "small"): {"model": "swin_n"},
+    ("finetune", "small"): {"model": "swin_n"},
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every training run needs; a field's trailing comment is the flag's help."""
+    """What every training run needs, whatever the method."""
 
-    model: str = "swin_b"  # network, our name or timm's (ours)
+    model: str = ""  # network, our name or timm's; none = that of --weights, else the first (ours)
+    recipe: str = "published"  # or small: some hundred to ten thousand images of your own (ours)
     data_path: str = ""  # images; none = a dry run, drawn:N = N built-in ones (ours)
-    output_dir: str = "output"  # folder for checkpoints and log.txt (MAE)
     weights: str = ""  # file to start from, ours or released (ours)
-    release: str = "corrected"  # corrected, 2023 or 2022: see the top of this file (ours)
     resume: str = "auto"  # a checkpoint; auto = newest in output_dir, none = afresh (ours)
-    input_size: int | None = None  # pixels; none = the model's (paper: 224)
-    window_size: int | None = None  # tokens per side; none = the model's (paper: 7 or 14)
-    accum_iter: int = 1  # micro-batches per update (MAE)
-    lr: float | None = None  # absolute learning rate, overrides blr (MAE)
-    weight_decay: float = 0.05  # AdamW (released script)
-    num_workers: int | None = None  # loader processes; none = by the number of cores (ours)
-    seed: int = 0  # every random draw is a function of it (released script)
+    input_size: Pixels | None = None  # pixels; none = as the weights or the model (ours)
+    accum_iter: Count = 1  # micro-batches per update (MAE)
+    lr: Amount | None = None  # absolute learning rate, overrides blr (MAE)
+    num_workers: Whole | None = None  # loader processes; none = by the number of cores (ours)
+    seed: Whole = 0  # every random draw is a function of it (MAE)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ... (ours)
-    dtype: str = "auto"  # fp32 (TF32 on CUDA), bf16, fp16; auto = bf16 on CUDA, else fp32 (ours)
-    compile: bool = False  # torch.compile; pre-training recompiles as groups change (ours)
+    dtype: DType = "auto"  # auto = bf16 (old GPUs: fp16) on CUDA, fp32 on the CPU (ours)
+    compile: bool = False  # torch.compile; masks that change shapes make it recompile (ours)
     grad_checkpoint: bool = False  # recompute blocks in the backward pass (ours)
     fast_decode: bool = False  # JPEG draft decoding for camera-size photographs (ours)
-    save_freq: int = 20  # epochs between checkpoints that are kept (MAE)
-    save_every: float = 30.0  # minutes between writes of checkpoint-last.pth (ours)
-    log_every: int = 50  # steps between log lines (ours)
+    save_freq: Count = 20  # epochs between checkpoints that are kept (MAE)
+    save_every: Amount = 30.0  # minutes between writes of checkpoint-last.pth (ours)
+    log_every: Count = 50  # steps between log lines (ours)
 
 
 @dataclass(frozen=True)
-class PretrainConfig(RunConfig):
-    """Recipe of the released slurm scripts, 8 processes."""
-
-    output_dir: str = "output/pretrain"  # checkpoints, log.txt, pictures, backbone (ours)
-    batch_size: int = 256  # images per process (released script)
-    epochs: int = 800  # passes over the data (released script)
-    warmup_epochs: float = 40.0  # linear warm-up (released script)
-    blr: float = 1e-4  # learning rate per 256 images (released script)
-    min_lr: float = 0.0  # end of the cosine (released script)
-    clip_grad: float | None = None  # largest gradient norm; none = any (released script)
-    crop_min: float = 0.2  # smallest random crop, share of the image (released script)
-    mask_ratio: float = 0.75  # share of hidden units (paper, Sec. 4.1)
-    norm_pix_loss: bool = True  # normalise each target patch (released script)
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(RunConfig):
-    """SimMIM's recipe with the values of GreenMIM's README, 8 processes."""
-
-    output_dir: str = "output/finetune"  # checkpoints and log.txt (ours)
-    linear_probe: bool = False  # train the head only: plain crops, no mixing (ours)
-    nb_classes: int | None = None  # outputs; none = the number of class folders (ours)
-    batch_size: int = 96  # images per process (released README: 768 in all)
-    epochs: int = 100  # passes over the data (released config)
-    warmup_epochs: float = 20.0  # linear warm-up (released config)
-    blr: float = 1.25e-3  # learning rate per 512 images (released config)
-    warmup_lr: float = 2.5e-7  # start of the warm-up, per 512 images (released config)
-    min_lr: float = 2.5e-7  # end of the cosine, per 512 images (released config)
-    clip_grad: float | None = 5.0  # largest gradient norm (SimMIM)
-    layer_decay: float = 0.9  # learning rate factor from layer to layer (released config)
-    drop_path: float = 0.1  # stochastic depth of the last block (released config)
-    crop_min: float = 0.08  # smallest random crop, share of the image (SimMIM)
-    mixup: float = 0.8  # Beta parameter, 0 = off (SimMIM)
-    cutmix: float = 1.0  # Beta parameter, 0 = off (SimMIM)
-    smoothing: float = 0.1  # label smoothing (SimMIM)
-    reprob: float = 0.25  # probability of random erasing (SimMIM)
-    aa: str = "rand-m9-mstd0.5-inc1"  # RandAugment policy, none = off (SimMIM)
-    ema: float = 0.0  # decay of averaged weights, 0 = off (ours)
-    test_freq: int = 1  # epochs between tests; the last is always tested (ours)
-
-
-@dataclass(frozen=True)
-class UseConfig:
-    """What the commands that do not train need."""
+class FileConfig:
+    """What the commands that use a file of weights need, whatever the method."""
 
     weights: str = ""  # checkpoint, ours or released (ours)
-    model: str = ""  # network; none = as the checkpoint says, else swin_b (ours)
+    model: str = ""  # network; none = as the file says (ours)
     data_path: str = ""  # folder, file or drawn:N; evaluate: with val/<class>/ (ours)
     output: str = ""  # file to write; none = a name by the command (ours)
-    naming: str = "timm"  # export: timm or official parameter names (ours)
-    release: str = "corrected"  # give 2022 for the published files (ours)
+    input_size: Pixels | None = None  # pixels, or HxW; none = the file's (ours)
     per_stage: bool = False  # features: maps of every stage instead of a vector (ours)
-    count: int = 8  # reconstruct: number of images (ours)
-    mask_ratio: float = 0.75  # reconstruct: share of hidden units (paper, Sec. 4.1)
-    input_size: int | None = None  # pixels; none = the checkpoint's (ours)
-    window_size: int | None = None  # tokens per side; none = the checkpoint's (ours)
-    batch_size: int = 64  # images per process (ours)
-    num_workers: int | None = None  # loader processes; none = by the number of cores (ours)
-    seed: int = 0  # of the mask; demo: of everything (ours)
+    count: Count = 8  # reconstruct: number of images (ours)
+    batch_size: Count = 64  # images per process (ours)
+    num_workers: Whole | None = None  # loader processes; none = by the number of cores (ours)
+    seed: Whole = 0  # of the mask; demo: of everything (ours)
     device: str = "auto"  # auto, cpu, cuda, ... (ours)
-    dtype: str = "auto"  # fp32 (TF32 on CUDA), bf16, fp16; auto = bf16 on CUDA, else fp32 (ours)
+    dtype: DType = "auto"  # auto = bf16 (old GPUs: fp16) on CUDA, fp32 on the CPU (ours)
 
 
-LIMITS = {  # smallest and largest value: flags
-    (1, math.inf): "batch_size accum_iter epochs save_freq log_every test_freq count nb_classes",
-    (0, math.inf): "num_workers seed warmup_epochs lr blr min_lr warmup_lr weight_decay clip_grad "
-    "save_every mixup cutmix",
-    (0, 1): "mask_ratio layer_decay smoothing reprob",
-    (0.001, 1): "crop_min",
-    (0, 0.99999): "drop_path ema",
-}
+@dataclass(frozen=True)
+class MethodConfig:
+    """What GreenMIM lets one change of the network; None = as the file or the model has it."""
+
+    window_size: Count | None = None  # tokens per side (paper: 7 or 14)
+    release: Literal["corrected", "2023", "2022"] | None = None  # see the top of the file (ours)
 
 
-def model_config(name: str, base: ModelConfig | None = None, **changes: object) -> ModelConfig:
-    """The named architecture, or `base`, with `changes` (None = keep); checks that all fit."""
-    name = OTHER_NAMES.get(name, name)
-    if not base and name not in MODELS:
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig, MethodConfig):
+    """Recipe of the released slurm scripts, 8 processes."""
+
+    output_dir: str = f"output/{SCRIPT}/pretrain"  # checkpoints, log.txt, pictures (ours)
+    batch_size: Count = 256  # images per process (released script)
+    epochs: Count = 800  # passes over the data (released script)
+    warmup_epochs: Amount = 40.0  # linear warm-up (released script)
+    blr: Amount = 1e-4  # learning rate per 256 images (released script)
+    min_lr: Amount = 0.0  # end of the cosine (released script)
+    weight_decay: Amount = 0.05  # AdamW (released script)
+    clip_grad: Amount | None = None  # largest gradient norm; none = any (released script)
+    crop_min: Annotated[float, (0.001, 1.0)] = 0.2  # smallest crop, share of the image (released)
+    mask_ratio: Share = 0.75  # share of hidden units (paper, Sec. 4.1)
+    norm_pix_loss: bool | None = None  # normalise each target unit; none = yes (released script)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig, MethodConfig):
+    """SimMIM's recipe with the values of GreenMIM's README, 8 processes."""
+
+    output_dir: str = f"output/{SCRIPT}/finetune"  # checkpoints and log.txt (ours)
+    linear_probe: bool = False  # train the head only: plain crops, no mixing (ours)
+    nb_classes: Count | None = None  # outputs; none = the number of class folders (ours)
+    batch_size: Count = 96  # images per process (released README: 768 in all)
+    epochs: Count = 100  # passes over the data (released config)
+    warmup_epochs: Amount = 20.0  # linear warm-up (released config)
+    blr: Amount = 1.25e-3  # learning rate per 512 images (released config)
+    warmup_lr: Amount = 2.5e-7  # start of the warm-up, per 512 images (released config)
+    min_lr: Amount = 2.5e-7  # end of the cosine, per 512 images (released config)
+    weight_decay: Amount = 0.05  # AdamW (released config)
+    clip_grad: Amount | None = 5.0  # largest gradient norm (SimMIM)
+    layer_decay: Share = 0.9  # learning rate factor from layer to layer (released config)
+    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # depth of the last block (released config)
+    crop_min: Annotated[float, (0.001, 1.0)] = 0.08  # smallest crop, share of the image (SimMIM)
+    mixup: Amount = 0.8  # Beta parameter, 0 = off (SimMIM)
+    cutmix: Amount = 1.0  # Beta parameter, 0 = off (SimMIM)
+    smoothing: Share = 0.1  # label smoothing (SimMIM)
+    reprob: Share = 0.25  # probability of random erasing (SimMIM)
+    aa: str = "rand-m9-mstd0.5-inc1"  # RandAugment policy, none = off (SimMIM)
+    ema: Annotated[float, (0.0, 0.99999)] = 0.0  # decay of averaged weights, 0 = off (ours)
+    test_freq: Count = 1  # epochs between tests; the last is always tested (ours)
+
+
+@dataclass(frozen=True)
+class UseConfig(FileConfig, MethodConfig):
+    """What the commands that do not train need."""
+
+    naming: Literal["timm", "official"] = "timm"  # export: whose parameter names (ours)
+    mask_ratio: Share | None = None  # reconstruct: none = the file's, else 0.75 (ours)
+    norm_pix_loss: bool | None = None  # reconstruct: as in pre-training; none = the file's (ours)
+
+
+def known_model(name: str) -> str:
+    """Our name of a network; InputError with the closest names if there is none."""
+    if OTHER_NAMES.get(name, name) not in MODELS:
         near = difflib.get_close_matches(name, [*MODELS, *OTHER_NAMES], 3, 0)
         raise InputError(f"unknown model {name!r}; the closest names are {', '.join(near)}")
-    config = replace(base or MODELS[name], **{k: v for k, v in changes.items() if v is not None})
-    unit, size, tokens = config.mask_unit, config.input_size, config.input_size // config.patch_size
-    if size % unit or size < 2 * unit:
-        low = max(2, size // unit) * unit
-        raise InputError(
-            f"--input_size {size} does not fit {name}: it must be a multiple of {unit}, "
-            f"the nearest are {low} and {low + unit}"
-        )
-    if not 1 <= config.window_size <= tokens:
+    return OTHER_NAMES.get(name, name)
+
+
+def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
+    """`base` with `changes` (None = keep); checks that all fit together."""
+    config = replace(base, **{k: v for k, v in changes.items() if v is not None})
+    if isinstance(config.input_size, tuple):
+        raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
+    check_size(config.input_size, config.mask_unit)
+    tokens = config.input_size // config.patch_size
+    if config.window_size > tokens:
         raise InputError(f"--window_size {config.window_size} does not fit: it is 1 to {tokens}")
-    if config.release not in ("corrected", "2023", "2022"):
-        raise InputError(f"--release {config.release!r} is none of corrected, 2023, 2022")
     return config
+
+
+def check_size(size: Pixels, unit: int) -> None:
+    """InputError, which names the nearest that do, unless `unit` divides every side of `size`."""
+    for side in size if isinstance(size, tuple) else (size,):
+        low = max(2, side // unit) * unit
+        if side % unit or side < low:
+            raise InputError(f"--input_size {size} does not fit: a side must be a multiple of "
+                             f"{unit}, the nearest are {low} and {low + unit}")  # fmt: skip
 
 
 # ── masking ───────────────────────────────────────────────────────────────────────────
@@ -308,60 +346,86 @@ def random_mask(noise: np.ndarray, mask_ratio: float) -> np.ndarray:
 class MaskPlan:
     """What the model has to know about one mask: NumPy arrays, or tensors after `to_device`."""
 
-    patches: Tensor  # (N,) visible patches, raster order
+    patches: Tensor  # (N,) which of all patches are visible, in raster order
     windows: list[list[grouping.GroupPlan]]  # for each stage: [plain] or [plain, shifted]
-    merges: list[Tensor]  # for each stage but the last, (N,): tokens of 2x2 blocks side by side
-    restore: Tensor  # (U,) for each decoder position: a latent, or V + i for a mask token
-    hidden: Tensor  # (U - V,) decoder positions to predict
+    merges: list[Tensor]  # for each stage but the last, (N,): its tokens, 2x2 block by 2x2 block
+    restore: Tensor  # (U,) what stands at a decoder position: latent i, or V + i for a mask token
+    hidden: Tensor  # (U - V,) the decoder positions to predict
 
 
 def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = None) -> MaskPlan:
-    """Plan for `mask` (U,) bool, True = hidden.
+    """Plan for `mask`, bool (rows, columns) of units or flat (U,) for a square, True = hidden.
 
-    `noise` (U,), which the mask was drawn from, matters to `release` "2023" and "2022" only.
+    `noise` (U,), which the mask was drawn from, is needed for `release` "2023" and "2022" only.
+    Raises ValueError if the mask is of another size or leaves nothing visible.
     """
-    if np.size(mask) != config.units**2:
-        raise ValueError(f"the mask has {np.size(mask)} units, the model {config.units**2}")
-    keep = ~np.asarray(mask, bool).reshape(config.units, config.units)
-    legacy = config.release == "2022"
-    tokens, windows = [], []
+    mask = np.asarray(mask, bool)
+    if mask.ndim < 2 and mask.size != config.units**2:
+        raise ValueError(f"the mask has {mask.size} units, the model {config.units**2}")
+    keep = ~mask if mask.ndim == 2 else ~mask.reshape(config.units, config.units)
+    if not keep.any():
+        raise ValueError("the mask leaves nothing visible")
+    windows, merges = [], []
     for stage in range(len(config.depths)):
         k = config.unit_tokens(stage)
-        side = config.units * k
-        rows, columns = np.nonzero(keep.repeat(k, 0).repeat(k, 1))  # raster order
-        tokens.append((rows, columns, side))
-        if legacy and stage > 0:
-            # The first release stored tokens unit by unit but read coordinates in raster order.
-            n = (rows // k * config.units + columns // k) * k**2 + rows % k * k + columns % k
-            rows, columns = n // side, n % side
-        window, shift = config.window(stage)
-        # Padding costs gathers rather than layers here, but this cost measured fastest (README).
-        cost = grouping.layer_cost(config.embed_dim * 2**stage)
-        sizing = partial(grouping.cheapest_groups, cost=cost)
-        windows.append([])
-        for s in (0, shift) if shift else (0,):
-            ids = grouping.window_ids(rows, columns, window, s)
-            windows[-1].append(grouping.plan_groups(rows, columns, ids, window, sizing))
+        visible = keep.repeat(k, 0).repeat(k, 1)  # (h, w) tokens of the whole map
+        if stage == 0:
+            patches = np.flatnonzero(visible)
+        if k > 1:
+            merges.append(plan_merge(visible))
+        # The model holds the visible tokens of each stage in raster order; after merging too,
+        # because that goes through the 2x2 blocks in raster order.
+        rows, columns = np.nonzero(visible)
+        if config.release == "2022" and stage > 0:
+            rows, columns = misread_coordinates(rows, columns, k, visible.shape[1])
+        windows.append(plan_windows(config, stage, rows, columns, visible.shape))
 
-    rows, columns, side = tokens[0]
-    keep = keep.reshape(-1)
     visible, hidden = np.flatnonzero(keep), np.flatnonzero(~keep)
-    order = np.arange(len(visible))
-    if noise is not None and config.release != "corrected":
-        order = np.argsort(np.argsort(noise[visible]))  # released code: rank of the noise
+    latents = np.arange(len(visible))
+    if config.release != "corrected" and len(hidden):
+        if noise is None:
+            raise ValueError(f"release {config.release} places latents by noise: plan with it")
+        latents = np.argsort(np.argsort(noise[visible]))  # rank of the noise
     restore = np.empty(keep.size, np.int64)
-    restore[visible], restore[hidden] = order, len(visible) + np.arange(len(hidden))
-    merges = [plan_merge(*stage, legacy) for stage in tokens[:-1]]
-    return MaskPlan(rows * side + columns, windows, merges, restore, hidden)
+    restore[visible], restore[hidden] = latents, len(visible) + np.arange(len(hidden))
+    return MaskPlan(patches, windows, merges, restore, hidden)
 
 
-def plan_merge(rows: np.ndarray, columns: np.ndarray, side: int, legacy: bool) -> np.ndarray:
-    """(N,) visible tokens of a (side, side) map, block by block, inside a block as Eq. (4)."""
-    number = np.full((side, side), -1)
-    number[rows, columns] = np.arange(len(rows))
-    inside = "(p q)" if legacy else "(q p)"
-    blocks = rearrange(number, f"(h p) (w q) -> (h w) {inside}", p=2, q=2)
+def plan_windows(
+    config: ModelConfig, stage: int, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]
+) -> list[grouping.GroupPlan]:
+    """[plain] or [plain, shifted] for tokens at (rows, columns), both (N,), of an (h, w) map."""
+    window = config.window(stage)
+    # As in Swin, an axis that one window covers is never shifted.
+    shift = tuple(window // 2 if side > window else 0 for side in shape)
+    # The paper's cost of a group size: the multiply-adds of an attention layer whose projections
+    # run on padded slots too. Here they do not, yet of the costs tried this gives the fastest
+    # layer (README).
+    cost = grouping.layer_cost(config.embed_dim * 2**stage)
+    plans = []
+    for offset in [(0, 0), shift] if any(shift) else [(0, 0)]:
+        ids = grouping.window_ids(rows, columns, window, offset)
+        sizing = partial(grouping.cheapest_groups, cost=cost)
+        plans.append(grouping.plan_groups(rows, columns, ids, window, sizing))
+    return plans
+
+
+def plan_merge(visible: np.ndarray) -> np.ndarray:
+    """(N,) visible tokens of an (h, w) map, block by block, inside a block in the order of (4)."""
+    number = np.where(visible, np.cumsum(visible).reshape(visible.shape) - 1, -1)
+    blocks = rearrange(number, "(h p) (w q) -> (h w) (q p)", p=2, q=2)
     return blocks[blocks[:, 0] >= 0].reshape(-1)
+
+
+def misread_coordinates(
+    rows: np.ndarray, columns: np.ndarray, k: int, across: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates that the first release took tokens at (rows, columns) for, `k` a unit's side.
+
+    It stored tokens unit by unit but read their coordinates off in raster order.
+    """
+    unit = rows // k * (across // k) + columns // k
+    return np.divmod(unit * k**2 + rows % k * k + columns % k, across)
 
 
 def draw_plan(config: ModelConfig, mask_ratio: float, seed: Sequence[int]) -> MaskPlan:
@@ -406,7 +470,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Eq. (3) without its residual."""
+    """Eq. (3) without its norm and residual."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -418,10 +482,10 @@ class Mlp(nn.Module):
 
 
 class GroupWindowAttention(nn.Module):
-    """Eq. (2) without its residual: window attention over whatever tokens the plan groups.
+    """Eq. (2) without its norm and residual: window attention over the tokens that a plan groups.
 
-    With nothing masked this is Swin's (shifted) window attention: every group is then a window,
-    or the pieces of cut windows that Swin's roll would put side by side.
+    With nothing masked this is Swin's (shifted) window attention, however windows are grouped;
+    border windows are cut where Swin rolls the map and masks what the roll joined.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int) -> None:
@@ -434,19 +498,19 @@ class GroupWindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, plan: grouping.GroupPlan) -> Tensor:
-        """(B, N, C) -> (B, N, C); for the plan's fields see `grouping.GroupPlan`."""
-        groups, _, size, _ = plan.bias.shape
+        """(B, N, C) -> (B, N, C); `slots` and `places` are None where tokens need not move."""
+        groups, _, size, _ = plan.apart.shape
         x = self.qkv(x)  # (B, N, 3C)
         if plan.slots is not None:
-            x = x.index_select(1, plan.slots)  # (B, G * S, 3C)
-        layout = "b (g s) (three h d) -> three b (g h) s d"
+            x = x.index_select(1, plan.slots)  # (B, G * S, 3C), padding included
+        layout = "b (g s) (three h d) -> three b (g h) s d"  # each head of each group by itself
         q, k, v = rearrange(x, layout, three=3, g=groups, h=self.num_heads)
-        bias = self.relative_position_bias_table.index_select(0, plan.index.reshape(-1))
-        bias = rearrange(bias, "(g s t) h -> g h s t", g=groups, s=size) + plan.bias
-        x = attend(q, k, v, bias.flatten(0, 1).unsqueeze(0))  # Eq. (2)
+        bias = self.relative_position_bias_table.index_select(0, plan.index.reshape(-1))  # R
+        bias = rearrange(bias, "(g s t) h -> g h s t", g=groups, s=size) + plan.apart  # R + M
+        x = attend(q, k, v, bias.flatten(0, 1).unsqueeze(0))  # (B, G * h, S, d), Eq. (2)
         x = rearrange(x, "b (g h) s d -> b (g s) (h d)", g=groups)
         if plan.places is not None:
-            x = x.index_select(1, plan.places)  # (B, N, C)
+            x = x.index_select(1, plan.places)  # (B, N, C), padding left behind
         return self.proj(x)
 
 
@@ -481,7 +545,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *plan: grouping.GroupPlan) -> Tensor:
         dropped = self.drop_path if self.training else 0.0
-        x = x + drop_path(self.attn(self.norm1(x), *plan), dropped)
+        x = x + drop_path(self.attn(self.norm1(x), *plan), dropped)  # Eq. (2)
         return x + drop_path(self.mlp(self.norm2(x)), dropped)  # Eq. (3)
 
 
@@ -523,16 +587,16 @@ class SwinStage(nn.Module):
     ) -> None:
         super().__init__()
         dim, heads = config.embed_dim * 2**stage, config.num_heads[stage]
-        window, _ = config.window(stage)
+        attention = partial(GroupWindowAttention, dim, heads, config.window(stage))
         self.blocks = nn.ModuleList(
-            Block(dim, GroupWindowAttention(dim, heads, window), config.mlp_ratio, eps, p)
-            for p in drop_paths
+            Block(dim, attention(), config.mlp_ratio, eps, p) for p in drop_paths
         )
         last = stage == len(config.depths) - 1
         self.downsample = nn.Identity() if last else PatchMerging(dim, eps)
         self.grad_checkpoint = False
 
     def forward(self, x: Tensor, windows: list[grouping.GroupPlan]) -> Tensor:
+        """(B, N, C) -> (B, N, C), before merging."""
         for j, block in enumerate(self.blocks):
             plan = windows[j % len(windows)]
             if self.grad_checkpoint and self.training:
@@ -546,33 +610,39 @@ class SwinStage(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """Swin over the visible tokens; with nothing masked, plain Swin."""
+    """Swin over the visible tokens; with nothing masked, plain Swin for images of any size."""
 
     def __init__(self, config: ModelConfig, eps: float = 1e-6, drop_path: float = 0.0) -> None:
         super().__init__()
         self.config = config
+        self.channels = [config.embed_dim * 2**i for i in range(len(config.depths))]
+        self.strides = [config.patch_size * 2**i for i in range(len(config.depths))]
         self.patch_embed = PatchEmbed(config.patch_size, config.embed_dim, eps)
         rates = iter(np.linspace(0, drop_path, sum(config.depths)).tolist())
         self.layers = nn.ModuleList(
             SwinStage(config, stage, eps, [next(rates) for _ in range(depth)])
             for stage, depth in enumerate(config.depths)
         )
-        self.num_features = config.embed_dim * 2 ** (len(config.depths) - 1)
-        self.norm = nn.LayerNorm(self.num_features, eps)
-        self.dense_plans: dict[torch.device, MaskPlan] = {}
+        self.norm = nn.LayerNorm(self.channels[-1], eps)
+        self.dense_plans: dict[tuple, MaskPlan] = {}
 
-    def dense_plan(self, device: torch.device) -> MaskPlan:
-        """The plan with nothing masked, made once."""
-        if device not in self.dense_plans:
-            nothing = np.zeros(self.config.units**2, bool)
-            self.dense_plans[device] = to_device(plan_mask(self.config, nothing), device)
-        return self.dense_plans[device]
+    def dense_plan(self, height: int, width: int, device: torch.device) -> MaskPlan:
+        """The plan with nothing masked for images of that many pixels, kept by size.
+
+        Its coordinates are right whatever the release: fine-tuning never had the wrong ones.
+        """
+        unit, key = self.config.mask_unit, (height, width, device)
+        if height % unit or width % unit:
+            raise ValueError(f"images of {height}x{width} px: {unit} must divide both sides")
+        if key not in self.dense_plans:
+            nothing = np.zeros((height // unit, width // unit), bool)
+            plan = plan_mask(replace(self.config, release="corrected"), nothing)
+            self.dense_plans[key] = to_device(plan, device)
+        return self.dense_plans[key]
 
     def stages(self, images: Tensor, plan: MaskPlan | None = None) -> list[Tensor]:
         """(B, 3, H, W) -> visible tokens (B, N, C) of every stage, before merging and norm."""
-        if images.shape[-2:] != (self.config.input_size,) * 2:
-            raise ValueError(f"images are {tuple(images.shape)}, not {self.config.input_size} px")
-        plan = self.dense_plan(images.device) if plan is None else plan
+        plan = self.dense_plan(*images.shape[-2:], images.device) if plan is None else plan
         x = self.patch_embed(images, plan.patches)  # (B, N, C)
         outputs = []
         for stage, layer in enumerate(self.layers):
@@ -585,6 +655,18 @@ class SwinEncoder(nn.Module):
     def forward(self, images: Tensor, plan: MaskPlan | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, V, C): units that the plan leaves visible, all without a plan."""
         return self.norm(self.stages(images, plan)[-1])
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised -> a map (B, C, h, w) of every stage, before merging and norm.
+
+        Any H and W that the last of `strides` divides. Windows that the border cuts stay cut; on
+        a map smaller than the window the middle of the bias table is used.
+        """
+        heights = [images.shape[-2] // stride for stride in self.strides]
+        return [
+            rearrange(x, "b (h w) c -> b c h w", h=height)
+            for x, height in zip(self.stages(images), heights, strict=True)
+        ]
 
 
 # ── decoder and target ────────────────────────────────────────────────────────────────
@@ -599,7 +681,7 @@ def sincos_embedding(dim: int, side: int) -> Tensor:
 
 
 def patchify(images: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, U, P), a patch as (row, column, channel)."""
+    """(B, 3, H, W) -> (B, U, P): squares of `size` pixels, each as (row, column, channel)."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=size, q=size)
 
 
@@ -614,7 +696,11 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class GreenMIM(nn.Module):
-    """Encoder on visible tokens, one-block decoder on all units, pixels of the hidden ones."""
+    """Encoder on visible tokens, one-block decoder on all units, pixels of the hidden ones.
+
+    A mask is (U,) bool, True = hidden, the same for all images of the batch, as an array or a
+    tensor (one on a GPU is copied to the host, which waits for it), or its plan, made ahead.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -623,7 +709,7 @@ class GreenMIM(nn.Module):
         self.encoder = SwinEncoder(config)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_buffer("decoder_pos_embed", sincos_embedding(dim, config.units))
-        self.decoder_embed = nn.Linear(self.encoder.num_features, dim)
+        self.decoder_embed = nn.Linear(self.encoder.channels[-1], dim)
         self.decoder_blocks = nn.ModuleList(
             Block(dim, Attention(dim, config.decoder_num_heads), config.mlp_ratio, 1e-6)
             for _ in range(config.decoder_depth)
@@ -641,6 +727,17 @@ class GreenMIM(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def plan(self, images: Tensor, mask: MaskPlan | np.ndarray | Tensor) -> MaskPlan:
+        """The plan of `mask` on the images' device; ValueError if they are not of this model."""
+        if images.shape[-2:] != (self.config.input_size,) * 2:
+            raise ValueError(f"images are {tuple(images.shape)}, not {self.config.input_size} px")
+        if not isinstance(mask, MaskPlan):
+            mask = plan_mask(self.config, torch.as_tensor(mask).cpu().numpy().reshape(-1))
+            mask = to_device(mask, images.device)
+        if len(mask.hidden) == 0:
+            raise ValueError("the mask hides nothing, so there is nothing to reconstruct")
+        return mask
+
     def decode(self, latent: Tensor, plan: MaskPlan) -> Tensor:
         """(B, V, C) -> (B, U, D): latents and mask tokens in their places, through the blocks."""
         x = self.decoder_embed(latent)
@@ -650,20 +747,11 @@ class GreenMIM(nn.Module):
             x = block(x)
         return x
 
-    def predict(self, images: Tensor, mask: MaskPlan | np.ndarray | Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, U, P) predictions of all units, the visible ones too."""
-        plan = self.plan(mask, images.device)
-        x = self.decode(self.encoder(images, plan), plan)
-        return self.decoder_pred(self.decoder_norm(x)).float()
-
     def forward(
         self, images: Tensor, mask: MaskPlan | np.ndarray | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss, and predictions (B, U - V, P) of the hidden units, for (B, 3, H, W) images.
-
-        `mask` is (U,) bool, True = hidden, the same for all images; or its plan, made ahead.
-        """
-        plan = self.plan(mask, images.device)
+        """Loss (), and predictions (B, U - V, P) of the hidden units, for (B, 3, H, W) images."""
+        plan = self.plan(images, mask)
         x = self.decode(self.encoder(images, plan), plan).index_select(1, plan.hidden)
         prediction = self.decoder_pred(self.decoder_norm(x)).float()
         target = patchify(images, self.config.mask_unit).index_select(1, plan.hidden)
@@ -671,56 +759,119 @@ class GreenMIM(nn.Module):
             target, _, _ = normalize_patches(target)
         return F.mse_loss(prediction, target), prediction  # Eq. (6)
 
-    def plan(self, mask: MaskPlan | np.ndarray | Tensor, device: torch.device) -> MaskPlan:
-        if isinstance(mask, MaskPlan):
-            return mask
-        mask = torch.as_tensor(mask).cpu().numpy().reshape(-1)
-        return to_device(plan_mask(self.config, mask), device)
-
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
 
-CONFIG = {f.name for f in fields(ModelConfig)}  # what our files say of the architecture
-# Computed here, so neither needed from a file nor saved (but see `export_state`).
+# Computed here, so neither needed from a file nor saved; official Swin makes its own, too.
 INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """A .pth or .safetensors file as {"model": state dict, ...}; never runs code from the file."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such weights file")
+@contextlib.contextmanager
+def blaming(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with a file inside becomes one InputError that names it."""
     try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # truncated, foreign and hostile files raise almost anything
+        reason = f"{str(error).strip().partition(chr(10))[0][:300]} ({type(error).__name__})"
+        if isinstance(error, ImportError):
+            reason = f"pip install {error.name.partition('.')[0]} for such files"
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            array = found[1].startswith("numpy")
+            reason = "holds NumPy arrays, save tensors" if array else f"would run code ({found[1]})"
+        raise InputError(f"{path}: refused, {reason}") from None
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A .pth or .safetensors file as {"model": state dict, "args": dict, ...}, checked.
+
+    Runs no code from the file, and asks for no more memory than the file has bytes. "args" is
+    what a script of ours wrote there, or empty.
+    """
+    with blaming(path):
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: there is no such weights file")
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            return {"model": load_file(path), "args": {}}
+            return {"model": checked(load_file(path)), "args": {}}
+        check_zip(path)
         torch.serialization.add_safe_globals([argparse.Namespace])  # in released files
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickle protocols
+            warnings.simplefilter("ignore")  # of old pickle protocols and exotic tensors
             file = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise InputError(f"{path}: to read it, pip install safetensors") from None
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"would run code ({found[1]})" if found else "is not a PyTorch checkpoint"
-        raise InputError(f"{path}: refused, because it {reason}") from None
-    except Exception as error:  # truncated or foreign files raise almost anything
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
-        file = {"model": file}
-    state, run = file["model"], file.get("args", {})
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path}: holds no state dict, at the top or under 'model'")
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    run = vars(run) if isinstance(run, argparse.Namespace) else run
-    run = run if isinstance(run, dict) else {}
-    if not isinstance(run.get("config"), dict):  # not ours: only a model that we know means a thing
-        run = {k: v for k, v in run.items() if k not in ("config", "classes")}
-        if not isinstance(run.get("model"), str) or run["model"] not in OTHER_NAMES:
-            run.pop("model", None)
-    elif not set(run["config"]) <= CONFIG:
-        raise InputError(f"{path}: was written by another script than greenmim.py")
-    return file | {"model": state, "args": run}
+        if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
+            file = {"model": file}
+        if not isinstance(file["model"], dict) or not file["model"]:
+            raise ValueError("it holds no state dict, at the top or under 'model'")
+        state = {str(k).removeprefix("module."): v for k, v in checked(file["model"]).items()}
+        args = file.get("args")
+        ours = isinstance(args, dict) and "script" in args
+        if ours and args["script"] != SCRIPT:
+            raise ValueError(f"it was written by {args['script']}.py, not by {SCRIPT}.py")
+        return file | {"model": state, "args": args if ours else {}}
+
+
+def check_zip(path: str | Path) -> None:
+    """ValueError if a zip file, PyTorch's format since 2020, has flipped bits or hides bytes."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return
+    with zipfile.ZipFile(path) as archive:
+        sizes = [entry.file_size for entry in archive.infolist()]
+        packed = any(entry.compress_type for entry in archive.infolist())  # PyTorch packs nothing
+        if packed or sum(sizes) > os.path.getsize(path) or archive.testzip():
+            raise ValueError("it is damaged: contents and checksums disagree")
+
+
+def checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` if all its values are ordinary finite tensors; ValueError names the first other."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is no tensor but {type(value).__name__}")
+        plain = value.layout is torch.strided and value.device.type == "cpu"
+        if not plain or value.is_nested or value.is_quantized or value.is_complex():
+            raise ValueError(f"{name} is no ordinary tensor")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{name} repeats its elements")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return state
+
+
+def identify(file: dict) -> tuple[str, ModelConfig]:
+    """Name and architecture of the network in a file: by its args if it is ours, else by shapes."""
+    args, state = file["args"], swin_names(file["model"])
+    if args:
+        hints = typing.get_type_hints(ModelConfig, include_extras=True)
+        config = ModelConfig(**{k: fit(hint, args["config"][k]) for k, hint in hints.items()})
+        return known_model(str(args["model"])), model_config(config)
+    table = "layers.{}.blocks.{}.attn.relative_position_bias_table"
+    depths = [sum(table.format(i, j) in state for j in range(99)) for i in range(8)]
+    depths = tuple(depth for depth in depths if depth)
+    if not depths or "patch_embed.proj.weight" not in state:
+        raise ValueError("it holds no Swin (layers.0.blocks.0.attn.qkv.weight, ...)")
+    tables = [state[table.format(i, 0)] for i in range(len(depths))]
+    windows = [(math.isqrt(len(t)) + 1) // 2 for t in tables]
+    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    found = {"patch_size": patch, "embed_dim": dim, "depths": depths, "window_size": max(windows),
+             "num_heads": tuple(t.shape[1] for t in tables)}  # fmt: skip
+    alike = min(MODELS, key=lambda n: sum(getattr(MODELS[n], k) != v for k, v in found.items()))
+    if windows[-1] < max(windows):  # then one window covers the last map, and tells its side
+        found["input_size"] = windows[-1] * patch * 2 ** (len(depths) - 1)
+    return alike, model_config(MODELS[alike], **found)
+
+
+def choose_config(cfg: RunConfig | UseConfig, file: dict | None) -> tuple[str, ModelConfig]:
+    """Name and architecture by the flags, else by the file of --weights, else the first model."""
+    found, base = "", None
+    if file:
+        with blaming(cfg.weights):
+            found, base = identify(file)
+    name = known_model(cfg.model or found or next(iter(MODELS)))
+    asked = {f.name: getattr(cfg, f.name, None) for f in fields(ModelConfig)}
+    return name, model_config(base if name == found else MODELS[name], **asked)
 
 
 def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -730,12 +881,15 @@ def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     dropped = (*INDEX_BUFFERS, "mask_token")  # SimMIM keeps a mask token in its encoder
     state = {k: v for k, v in state.items() if not k.endswith(dropped)}
     if "layers.0.downsample.norm.weight" not in state:  # timm merges at the start of a stage
-        stage = re.compile(r"layers\.(\d+)\.downsample")
-        state = {
-            stage.sub(lambda m: f"layers.{int(m[1]) - 1}.downsample", k): v
-            for k, v in state.items()
-        }
+        state = move_merging(state, -1)
     return {k.replace("head.fc.", "head."): v for k, v in state.items()}
+
+
+def move_merging(state: dict[str, Tensor], by: int) -> dict[str, Tensor]:
+    """Merging weights moved to another stage: timm has them one stage later than Swin."""
+    stage = re.compile(r"layers\.(\d+)\.downsample")
+    return {stage.sub(lambda m: f"layers.{int(m[1]) + by}.downsample", k): v
+            for k, v in state.items()}  # fmt: skip
 
 
 def swap_merging(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -746,63 +900,56 @@ def swap_merging(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def load_encoder(model: SwinEncoder, path: str, release: str = "corrected") -> str:
-    """Load `path` into an encoder or classifier, of which only a head may stay fresh.
+def load_weights(
+    make: Callable[[], nn.Module], path: str, file: dict | None, release: str | None = None,
+    fresh_head: bool = False,
+) -> tuple[nn.Module, str]:  # fmt: skip
+    """What `make` builds (GreenMIM, encoder, classifier) with the weights of a file that was read,
+    if there is one, and a sentence on what was adapted; InputError names what does not fit.
 
-    Our files know their `release`. Returns a sentence on what was adapted; InputError names what
-    does not fit.
+    `release` is that of a foreign file; only if `fresh_head` a head that does not fit is left out.
     """
-    file, own, notes = read_checkpoint(path), model.state_dict(), []
-    state = swin_names(file["model"])
-    if file["args"].get("config", {"release": release})["release"] == "2022":
-        state = swap_merging(state)
-        notes.append("merging weights of the first release reordered")
-    if resized := resize_tables(state, own):
-        notes.append(f"{resized} relative position tables interpolated")
-    head = {k for k in own if k.startswith("head.")}
-    if any(k not in state or state[k].shape != own[k].shape for k in head):
-        notes.append("the head starts fresh")
-        own = {k: v for k, v in own.items() if k not in head}
-        head = set()
-    state = {k: v for k, v in state.items() if k in head or not k.startswith("head.")}
-    check_keys(f"{path} (of --model {file['args'].get('model', 'unknown')})", state, own)
+    if file is None:
+        return make(), ""
+    with blaming(path):
+        with torch.device("meta"):  # no memory is taken before all shapes are known to agree
+            skeleton = make()
+        own, notes, state = skeleton.state_dict(), [], file["model"]
+        if isinstance(skeleton, GreenMIM):
+            if not any(k.startswith("decoder_pred.") for k in state):
+                raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
+            state = {k: v for k, v in state.items() if not k.endswith(INDEX_BUFFERS)}
+            state["decoder_pos_embed"] = own["decoder_pos_embed"]  # computed, for the size in use
+        else:
+            state = swin_names(state)
+        if release == "2022" and not file["args"]:
+            state, notes = swap_merging(state), ["merging weights of the first release reordered"]
+        resized = [k for k in own if k.endswith("bias_table") and k in state
+                   and len(state[k]) != len(own[k]) and state[k].ndim == 2]  # fmt: skip
+        state |= {k: resize_bias_table(state[k], len(own[k])) for k in resized}
+        if resized:
+            notes.append(f"{len(resized)} relative position tables interpolated")
+        head = [k for k in own if k.startswith("head.")]
+        misfit = any(k not in state or state[k].shape != own[k].shape for k in head)
+        if not head or (fresh_head and misfit):
+            notes += ["the head starts fresh"] if head else []
+            own, state = ({k: v for k, v in x.items() if k not in ("head.weight", "head.bias")}
+                          for x in (own, state))  # fmt: skip
+        check_keys(state, own)
+    model = make()
     model.load_state_dict(state, strict=False)
-    return f"loaded {path}: {', '.join(notes) or 'all weights as they are'}"
+    return model, f"loaded {path}: {', '.join(notes) or 'all weights as they are'}"
 
 
-def load_model(model: GreenMIM, path: str) -> None:
-    """Load a whole pre-training file, ours or released."""
-    state, own = read_checkpoint(path)["model"], model.state_dict()
-    state = {k: v for k, v in state.items() if not k.endswith(INDEX_BUFFERS)}
-    if not any(k.startswith("decoder_pred.") for k in state):
-        raise InputError(f"{path} has no decoder (mask_token, ...): give a pre-training checkpoint")
-    resize_tables(state, own)
-    state["decoder_pos_embed"] = own["decoder_pos_embed"]  # computed, for the size in use
-    check_keys(path, state, own)
-    model.load_state_dict(state)
-
-
-def resize_tables(state: dict[str, Tensor], own: dict[str, Tensor]) -> int:
-    """Interpolate the relative position tables of `state` that are of another window; how many."""
-    tables = [k for k in own if k.endswith("bias_table") and k in state]
-    resized = {
-        k: resize_bias_table(state[k], len(own[k]))
-        for k in tables
-        if len(state[k]) != len(own[k]) and state[k].shape[1] == own[k].shape[1]
-    }
-    state.update(resized)
-    return len(resized)
-
-
-def check_keys(path: str, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """InputError that names the differences between a file and a model, three in full."""
+def check_keys(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """ValueError that names the differences between a file and a model, three in full."""
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
              for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
     wrong += [f"{k} is missing" for k in own if k not in state]
     wrong += [f"{k} is unexpected" for k in state if k not in own]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"{path} is not of this --model: {'; '.join(wrong[:3])}{more}")
+        raise ValueError(f"it is not of this --model: {'; '.join(wrong[:3])}{more}")
 
 
 def resize_bias_table(table: Tensor, rows: int) -> Tensor:
@@ -812,6 +959,8 @@ def resize_bias_table(table: Tensor, rows: int) -> Tensor:
     a bicubic not-a-knot spline through them is read at the new distances t: W Z W^T per head.
     """
     source, target = math.isqrt(len(table)), math.isqrt(rows)
+    if source**2 != len(table) or source % 2 == 0:
+        raise ValueError(f"a relative position table of {len(table)} rows is of no window")
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
@@ -837,48 +986,16 @@ def resize_bias_table(table: Tensor, rows: int) -> Tensor:
 def export_state(model: SwinEncoder, naming: str) -> dict[str, Tensor]:
     """State dict that loads strictly into timm's or the official Swin of the same size."""
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    state = swap_merging(state) if model.config.release == "2022" else state
-    if naming == "timm":
-        stage = re.compile(r"layers\.(\d+)\.downsample")
-        state = {
-            stage.sub(lambda m: f"layers.{int(m[1]) + 1}.downsample", k): v
-            for k, v in state.items()
-        }
-        return {re.sub(r"^head\.", "head.fc.", k): v for k, v in state.items()}
-    if naming != "official":
-        raise InputError(f"--naming {naming!r} is none of timm, official")
-    for i, layer in enumerate(model.layers):
-        window, shift = model.config.window(i)
-        side = model.config.units * model.config.unit_tokens(i)
-        rows, columns = np.divmod(np.arange(window**2), window)
-        one = grouping.plan_groups(rows, columns, rows * 0, window, grouping.cheapest_groups)
-        for j in range(len(layer.blocks)):
-            prefix = f"layers.{i}.blocks.{j}."
-            state[prefix + "attn.relative_position_index"] = torch.from_numpy(one.index[0].copy())
-            if shift and j % 2 and side % window == 0:  # else Swin itself does not exist
-                # Swin rolls the map, cuts it into whole windows and masks what the roll joined.
-                edge = (np.arange(side) >= side - window) * 1 + (np.arange(side) >= side - shift)
-                region = torch.from_numpy(3 * edge[:, None] + edge)
-                region = rearrange(region, "(h p) (w q) -> (h w) (p q)", p=window, q=window)
-                state[prefix + "attn_mask"] = (region[:, :, None] != region[:, None]) * -100.0
-    return state
+    if naming == "official":
+        return state
+    return {re.sub(r"^head\.", "head.fc.", k): v for k, v in move_merging(state, 1).items()}
 
 
-def save_state(content: dict, path: Path) -> None:
-    """`save_file` for a .pth or .safetensors file."""
-    if path.suffix != ".safetensors":
-        return save_file(path, lambda file: torch.save(content, file))
+def save_file(path: str | Path, write: Callable[[typing.BinaryIO], object]) -> None:
+    """Have `write` fill a file so that a crash or a full disk leaves an earlier one whole."""
+    path = Path(path)
     try:
-        from safetensors.torch import save
-    except ImportError:
-        raise InputError(f"{path}: to write it, pip install safetensors") from None
-    save_file(path, lambda file: file.write(save(content)))
-
-
-def save_file(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
-    """Write a file so that a crash or a full disk leaves an earlier one whole."""
-    part = path.with_name(path.name + ".part")
-    try:
+        part = path.with_name(path.name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
@@ -889,9 +1006,9 @@ def save_file(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        reason = (str(error.__context__ or error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"cannot write {path}, what was there is intact: {reason}") from None
+    except (OSError, RuntimeError, ValueError) as error:  # torch.save wraps a full disk
+        reason = (str(error.__context__ or error).strip() or repr(error)).partition("\n")[0]
+        raise InputError(f"cannot write {path} (an earlier one stays whole): {reason}") from None
 
 
 # ── distributed and optimisation ──────────────────────────────────────────────────────
@@ -906,23 +1023,14 @@ class Process:
     device: torch.device
     dtype: torch.dtype
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, self.dtype is not torch.float32)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over all processes."""
-        if self.world_size == 1:
-            return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
     def say(self, line: str) -> None:
         if self.rank == 0:
@@ -931,50 +1039,36 @@ class Process:
 
 def setup_process(device: str, dtype: str) -> Process:
     """Join torchrun's group, if any; InputError if the device cannot do what is asked."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    if device == "auto":
-        device = "cuda" if cuda else "cpu"
-    if device.startswith("cuda"):
-        if not cuda:
-            raise InputError(f"--device {device}: this machine has no usable CUDA device")
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-        torch.set_float32_matmul_precision("high")  # TF32
+    place, kind = f"--device {device}", "fp32"  # of --dtype auto
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device} does not work here: {reason}") from None
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        world_size, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+        device = ("cuda" if cuda else "cpu") if device == "auto" else device
+        chosen = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        torch.zeros(1, device=chosen).item()
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+            torch.set_float32_matmul_precision("high")  # TF32
+            # Below compute capability 8.0 bf16 is emulated, slowly.
+            new = torch.version.hip or torch.cuda.get_device_capability() >= (8, 0)
+            kind = "bf16" if new else "fp16"
+            if dtype == "bf16" and not new:
+                raise ValueError("this GPU has no bf16; --dtype fp16 and --dtype fp32 work")
+        elif chosen.type == "cpu":
+            keep_freed_memory()
+        if world_size > 1 and not dist.is_initialized():
+            place = f"MASTER_PORT {os.environ.get('MASTER_PORT')} (taken? torchrun --master_port)"
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot start with {place}: {reason}") from None
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if dtype == "auto":
-        dtype = "bf16" if device.startswith("cuda") else "fp32"
-    if dtype not in kinds:
-        raise InputError(f"--dtype {dtype!r} is none of auto, {', '.join(kinds)}")
-    old = device.startswith("cuda") and torch.cuda.get_device_capability() < (8, 0)
-    if dtype == "bf16" and old and torch.version.hip is None:  # it would be emulated, slowly
-        raise InputError("this GPU has no bf16; --dtype fp16 and --dtype fp32 work")
-    if device == "cpu":
-        keep_freed_memory()
-    if world_size > 1 and not dist.is_initialized():
-        try:
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        except (RuntimeError, ValueError) as error:
-            port, reason = os.environ.get("MASTER_PORT"), str(error).splitlines()[0]
-            raise InputError(
-                f"cannot meet the other processes at port {port}; if it is in use, choose another "
-                f"with torchrun --master_port: {reason}"
-            ) from None
-    return Process(rank, world_size, torch.device(device), kinds[dtype])
+    return Process(rank, world_size, chosen, kinds[kind if dtype == "auto" else dtype])
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks instead of returning them to the system.
-
-    Every step frees and takes the same gigabyte; clearing its pages anew cost 4% of a step of
-    Swin-B in fp32 and 15% in bf16 on two cores.
-    """
+    """Have glibc keep large freed blocks: every step takes the same gigabyte again, and clearing
+    its pages anew cost 4% of a step of Swin-B in fp32 and 15% in bf16 on two cores."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
@@ -985,14 +1079,14 @@ def parameter_groups(
     model: nn.Module, weight_decay: float, depths: Sequence[int] = (), layer_decay: float = 1.0
 ) -> list[dict]:
     """AdamW groups: no decay for vectors, biases, tables and tokens; `lr_scale` by layer."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         exempt = parameter.ndim <= 1 or name.endswith((".bias", "bias_table")) or "token" in name
         scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
         if parameter.requires_grad:
-            key = (0.0 if exempt else weight_decay, scale)
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": p, "weight_decay": d, "lr_scale": s} for (d, s), p in groups.items()]
+            groups.setdefault((exempt, scale), []).append(parameter)
+    return [{"params": group, "weight_decay": 0.0 if exempt else weight_decay, "lr_scale": scale}
+            for (exempt, scale), group in groups.items()]  # fmt: skip
 
 
 def layer_id(name: str, depths: Sequence[int]) -> int:
@@ -1006,224 +1100,330 @@ def layer_id(name: str, depths: Sequence[int]) -> int:
     return sum(depths) + 1
 
 
-def pretrain_lr(epoch: float, lr: float, min_lr: float, warmup: float, epochs: float) -> float:
-    """MAE's schedule at a fractional epoch: linear from 0, then a cosine to min_lr."""
-    if epoch < warmup:
-        return lr * epoch / warmup
-    cosine = math.cos(math.pi * (epoch - warmup) / (epochs - warmup))
-    return min_lr + (lr - min_lr) * 0.5 * (1 + cosine)
-
-
-def finetune_lr(
-    update: int, lr: float, warmup_lr: float, min_lr: float, warmup: int, total: int
+def lr_at(
+    t: float, lr: float, start: float, end: float, warmup: float, cosine_from: float, total: float
 ) -> float:
-    """SimMIM's schedule: one update late, and its cosine is not moved by the warm-up."""
-    t = max(update - 1, 0)
+    """Linear from `start` to `lr` while t < warmup, then a half cosine to `end` at t = total.
+
+    The cosine counts from `cosine_from`: from the end of the warm-up in MAE, from 0 in SimMIM.
+    """
     if t < warmup:
-        return warmup_lr + t * (lr - warmup_lr) / warmup
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * t / total))
+        return start + (lr - start) * t / warmup
+    progress = (t - cosine_from) / (total - cosine_from)
+    return end + (lr - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def apply_gradients(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None
-) -> bool:
-    """Step, or return False (on every process: they share gradients) if one is not finite."""
-    scaler.unscale_(optimizer)
-    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    norm = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()
-    if finite := bool(norm.isfinite()):  # the one host synchronisation of a step
-        if clip_grad:
-            for gradient in gradients:
-                gradient.mul_((clip_grad / (norm + 1e-6)).clamp(max=1.0))
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: float,
+    clip_grad: float | None,
+) -> bool:  # fmt: skip
+    """Clip and step if the norm of the gradients is finite, else step over them; whether it is."""
+    if finite := math.isfinite(norm):
+        if clip_grad is not None and norm > clip_grad:
+            gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            torch._foreach_mul_([g for g in gradients if g is not None], clip_grad / (norm + 1e-6))
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return finite
 
 
-def find_checkpoint(cfg: RunConfig, run: dict) -> dict | None:
-    """The checkpoint to continue from; an error rather than a silent fresh start."""
-    paths, problems = [Path(cfg.resume)], []
-    if cfg.resume in ("auto", "none"):
-        found = Path(cfg.output_dir).glob("checkpoint-*.pth") if cfg.output_dir else ()
-        newest_first = sorted(found, key=os.path.getmtime, reverse=True)
-        paths = newest_first if cfg.resume == "auto" else []
-    for path in paths:
-        try:
-            file = read_checkpoint(path)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        if not {"step", "optimizer", "scaler"} <= set(file) or "config" not in file["args"]:
-            raise InputError(f"{path} is no checkpoint to resume; --weights can start from it")
-        there, here = ({**r["config"], **r, "config": None} for r in (file["args"], run))
-        wrong = [f"{k} {v!r}, not {here.get(k)!r}" for k, v in there.items() if v != here.get(k)]
-        if wrong:
-            raise InputError(f"cannot resume: {path} has {'; '.join(wrong)}")
-        for problem in problems:
-            print(f"{problem}; resuming from {path} instead", file=sys.stderr)
-        return file
-    if problems:
-        raise InputError(f"no checkpoint can be resumed: {'; '.join(problems)}")
-    return None
+# Settings that name places or machinery: they neither belong to a recipe nor change a result.
+PLACES = ("data_path", "output_dir", "weights", "resume", "num_workers", "device", "compile",
+          "grad_checkpoint", "save_freq", "save_every", "log_every")  # fmt: skip
 
 
-def restore(
-    cfg: RunConfig, process: Process, run: dict, parts: dict, loader: data.TrainLoader
-) -> int:
-    """Load the newest checkpoint, if any, into `parts`; the step to go on from."""
-    batch = cfg.batch_size * cfg.accum_iter * process.world_size
-    run |= {"batch": batch, "images": len(loader.source)}
-    run |= {"fp16": process.dtype is torch.float16}
-    keys = ("seed", "weight_decay", "layer_decay", "linear_probe", "ema", "nb_classes")
-    run |= {key: getattr(cfg, key) for key in keys if hasattr(cfg, key)}
-    step = 0
-    if state := find_checkpoint(cfg, run):
-        step = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        process.say(f"resumed at step {step} of {cfg.epochs * len(loader)}")
-    if process.sum(torch.tensor(float(step), device=process.device)) != step * process.world_size:
-        raise InputError("the processes found different checkpoints; all nodes must share a disk")
-    return step
-
-
-def worker_count(asked: int | None) -> int:
-    """Loader processes: as asked, else by the cores for each process of this node, at most 8."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(8, (os.cpu_count() or 1) // here) if asked is None else asked
+def differences(now: dict, then: dict, word: str) -> str:
+    """What of `now` is not so `then`, places and machinery aside, in words."""
+    return ", ".join(f"{k} {v!r} ({word} {then.get(k)!r})" for k, v in now.items()
+                     if v != then.get(k) and k not in PLACES)  # fmt: skip
 
 
 def prepare(
-    cfg: RunConfig, process: Process, source: data.ImageFiles | None, crop: Callable, per: int
-) -> tuple[RunConfig, data.TrainLoader, float]:
-    """Loader and peak learning rate (cfg.blr is for `per` images); no source = a dry run."""
-    if dry := source is None:
-        if process.device.type == "cpu" and cfg.batch_size == type(cfg).batch_size:
-            cfg = replace(cfg, batch_size=8)  # a recipe's batch is made for a GPU
-        cfg = replace(cfg, epochs=1, warmup_epochs=0, output_dir="", resume="none", num_workers=0)
+    cfg: RunConfig, process: Process, config: ModelConfig, split: str, crop: Callable, per: int
+) -> tuple[RunConfig, data.TrainLoader, float, dict]:
+    """Config, loader of a split ("" = all images), peak learning rate (cfg.blr is for `per`
+    images) and what a checkpoint says of its run, plain values only.
+
+    Without --data_path the config returned is that of a dry run: ten steps, nothing written.
+    """
+    command = "pretrain" if isinstance(cfg, PretrainConfig) else "finetune"
+    usual = asdict(configure(command, model=cfg.model, recipe=cfg.recipe))
+    if changed := differences(asdict(cfg), usual, "recipe:"):
+        process.say(f"differs from the {cfg.recipe} recipe: {changed}")
+    if not cfg.data_path:
+        # A recipe's batch is made for a GPU.
+        small = process.device.type == "cpu" and cfg.batch_size == usual["batch_size"]
+        cfg = replace(cfg, batch_size=8 if small else cfg.batch_size, epochs=1, warmup_epochs=0.0,
+                      output_dir="", resume="none", num_workers=0)  # fmt: skip
     batch = cfg.batch_size * cfg.accum_iter * process.world_size
-    source = data.DrawnImages("train", 10 * batch) if dry else source
-    if cfg.output_dir and process.rank == 0:  # an error now rather than after hours
-        probe = Path(cfg.output_dir) / ".writable"
-        save_file(probe, lambda file: None)
-        probe.unlink()
     loader = data.TrainLoader(
-        source, crop, batch_size=cfg.batch_size, seed=cfg.seed, rank=process.rank,
-        world_size=process.world_size, accum_iter=cfg.accum_iter,
-        num_workers=worker_count(cfg.num_workers), pin_memory=process.device.type == "cuda",
+        data.open_source(cfg.data_path or f"drawn:{10 * batch}", split), crop,
+        batch_size=cfg.batch_size, seed=cfg.seed, rank=process.rank,
+        world_size=process.world_size, accum_iter=cfg.accum_iter, num_workers=cfg.num_workers,
+        pin_memory=process.device.type == "cuda",
     )  # fmt: skip
-    lr = cfg.blr * batch / per if cfg.lr is None else cfg.lr
+    lr, source = cfg.blr * batch / per if cfg.lr is None else cfg.lr, loader.source
     process.say(
-        f"{len(source)} images, {len(loader)} steps an epoch; batch {cfg.batch_size} x "
-        f"{cfg.accum_iter} x {process.world_size} processes = {batch}; lr {lr:.3g}"
-        + ("" if cfg.lr is not None else f" = blr {cfg.blr:g} * {batch} / {per}")
+        f"{cfg.model}: {len(source)} images, {len(loader)} steps an epoch; batch "
+        f"{cfg.batch_size} x {cfg.accum_iter} x {process.world_size} processes = {batch}; "
+        f"lr {lr:.3g}" + ("" if cfg.lr is not None else f" = blr {cfg.blr:g} * {batch} / {per}")
     )
-    return cfg, loader, lr
+    settings = asdict(cfg) | {"batch": batch, "images": len(source)}
+    args = {"script": SCRIPT, "command": command, "model": cfg.model, "config": asdict(config),
+            "classes": list(source.classes), "settings": settings}  # fmt: skip
+    return cfg, loader, lr, args
+
+
+def resume(
+    cfg: RunConfig, process: Process, args: dict, parts: dict, total: int
+) -> tuple[int, dict, str]:
+    """Continue from the newest checkpoint, if there is one: fill `parts`; its step, its log, and
+    the words that name it. An error rather than a silent fresh start."""
+    step, log, good = 0, {"records": [], "epoch": {}}, "there is no good checkpoint yet"
+    paths, problems, file = [Path(cfg.resume)], [], None
+    if cfg.resume in ("auto", "none"):
+        found = Path(cfg.output_dir).glob("checkpoint-*.pth") if cfg.output_dir else ()
+        paths = sorted(found, key=os.path.getmtime, reverse=True) if cfg.resume == "auto" else []
+    while paths and file is None:
+        try:
+            file = read_checkpoint(path := paths.pop(0))
+        except InputError as error:
+            problems.append(str(error))
+    if problems and file is None:
+        raise InputError(f"no checkpoint can be resumed: {'; '.join(problems)}")
+    if file:
+        with blaming(path):
+            check_resumable(file, args, parts, total)  # before anything of it is used
+            step, log, good = file["step"], file["log"], f"the last good checkpoint is {path}"
+            # The options of the groups are this run's; the state of their parameters the file's.
+            file["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
+            for name, part in parts.items():
+                if name != "scaler" or (part.is_enabled() and file["scaler"]):
+                    part.load_state_dict(file[name])
+            changed = differences(args["settings"], file["args"]["settings"], "was")
+        process.say("; ".join([*problems, f"resumed at step {step} of {total} from {path}"]))
+        if changed:
+            process.say(f"unlike before: {changed}")
+    if process.sum(torch.tensor(float(step), device=process.device)) != step * process.world_size:
+        raise InputError("the processes found different checkpoints; all nodes must share a disk")
+    return step, log, good
+
+
+def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
+    """ValueError unless a run with these `args` can go on from a file: part by part, by name."""
+    lacking = sorted({"step", "log", *parts} - file.keys())
+    if lacking or "settings" not in file["args"]:
+        raise ValueError(f"to resume it lacks {', '.join(lacking)}; --weights can start from it")
+    # Other values of these would misplace steps, images or parameters.
+    keys = ("command", "model", "classes", "seed", "batch", "images", "linear_probe")
+    there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
+                   for r in (file["args"], args))  # fmt: skip
+    if wrong := differences(here, there, "the file has"):
+        raise ValueError(f"cannot resume with {wrong}")
+    if type(file["step"]) is not int or not 0 <= file["step"] <= total:
+        raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
+    for name in parts.keys() & {"model", "ema"}:
+        check_keys(checked(file[name]), parts[name].state_dict())
+    # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
+    own, found = parts["optimizer"].state_dict(), file["optimizer"]
+    groups = [[list(group["params"]) for group in x["param_groups"]] for x in (own, found)]
+    parameters = [p for group in parts["optimizer"].param_groups for p in group["params"]]
+    if groups[0] != groups[1] or found["state"].keys() - set(range(len(parameters))):
+        raise ValueError("its optimizer has other parameters")
+    for i, p in enumerate(parameters if found["state"] else ()):
+        state = checked({f"optimizer state {i} {k}": v for k, v in found["state"][i].items()})
+        wanted = [(shape, torch.float32) for shape in ((), p.shape, p.shape)]  # step, two moments
+        if [(v.shape, v.dtype) for v in state.values()] != wanted:
+            raise ValueError(f"its optimizer state {i} is not of a parameter {tuple(p.shape)}")
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder, which also proves that one can write there."""
+    lock = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115 - open as long as the run
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--output_dir {folder}: another run has it, or it is protected") from None
+    except OSError as error:
+        raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from None
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def catching_signals() -> Iterator[list[int]]:
+    """SIGTERM or Ctrl-C, listed as it comes, lets the step in progress end; a second one kills."""
+    caught, previous = [], {}
+
+    def note(number: int, _: object) -> None:
+        caught.append(number)
+        for other in previous:
+            signal.signal(other, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        previous = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # ── training loop ─────────────────────────────────────────────────────────────────────
 
 
+class TrainingError(Exception):
+    """Training cannot go on; the message is one sentence to print before exit 1."""
+
+
 def train(
-    cfg: RunConfig,
-    process: Process,
-    parts: dict,
-    loader: data.TrainLoader,
-    run: dict,
+    cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoader, args: dict,
     schedule: Callable[[int, float], float],
     loss_of: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
-    end_of_epoch: Callable[[int], dict],
-) -> None:
-    """The loop of `pretrain` and `finetune`.
+    end_of_epoch: Callable[[int, list[dict]], dict],
+) -> dict:  # fmt: skip
+    """The loop of `pretrain` and `finetune`; returns the last record of the log.
 
-    `parts` (model, optimizer, ema) and `run` (must agree on resuming) make a checkpoint.
-    `schedule(step, lr_scale)` is a group's learning rate, `loss_of(net, images, labels, number)`
-    the loss of micro-batch `number`, `end_of_epoch(epoch)` adds to the log.
+    `parts` (model, optimizer, ema) and `args` make a checkpoint. `schedule(step, lr_scale)` is a
+    group's learning rate, `loss_of(net, images, labels, number)` the loss of micro-batch `number`,
+    `end_of_epoch(epoch, records so far)` adds to the record of an epoch.
     """
-    device, output = process.device, Path(cfg.output_dir)
-    batch = cfg.batch_size * cfg.accum_iter * process.world_size
+    device, output, optimizer = process.device, Path(cfg.output_dir), parts["optimizer"]
     writes = bool(cfg.output_dir) and process.rank == 0
     scaler = torch.amp.GradScaler(device.type, enabled=process.dtype is torch.float16)
-    optimizer, net, parts = parts["optimizer"], parts["model"], parts | {"scaler": scaler}
+    parts = parts | {"scaler": scaler}
     per_epoch, total = len(loader), cfg.epochs * len(loader)
-    step = restore(cfg, process, run, parts, loader)
-    good = output / "checkpoint-last.pth" if step else "none yet"
+    batch = cfg.batch_size * cfg.accum_iter * process.world_size
+    saved, times, stopping, in_a_row = time.monotonic(), [], False, 0
+    with contextlib.ExitStack() as stack:
+        if writes:
+            stack.enter_context(only_run(output))
+        step, log, good = resume(cfg, process, args, parts, total)
+        net = torch.compile(parts["model"]) if cfg.compile else parts["model"]
+        if process.world_size > 1:
+            devices = [device] if device.type == "cuda" else None
+            net = nn.parallel.DistributedDataParallel(net, devices, gradient_as_bucket_view=True)
+        board = open_board(output, step) if writes else lambda *_: None
+        caught = stack.enter_context(catching_signals())
+        batches = stack.enter_context(contextlib.closing(loader.batches(step, total)))
+        hidden = process.rank > 0 or not sys.stderr.isatty()
+        bar = stack.enter_context(tqdm(total=total, initial=step, disable=hidden))
+        while step < total and not stopping:
+            started, waited, losses, unreadable = time.perf_counter(), 0.0, [], loader.unreadable
+            net.train()
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step, group["lr_scale"])
+            seeds = np.random.SeedSequence((cfg.seed, step, process.rank, 0))
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+            before = running_statistics(parts["model"])
+            for micro in range(cfg.accum_iter):
+                waited -= time.perf_counter()
+                images, labels = next(batches)
+                waited += time.perf_counter()
+                images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+                alone = process.world_size > 1 and micro < cfg.accum_iter - 1
+                with net.no_sync() if alone else contextlib.nullcontext():
+                    with process.autocast():
+                        images = data.normalize(images)
+                        loss = loss_of(net, images, labels, step * cfg.accum_iter + micro)
+                    scaler.scale(loss / cfg.accum_iter).backward()
+                losses.append(loss.detach())
 
-    def save(name: str) -> Path:
-        content = {name: part.state_dict() for name, part in parts.items()}
-        content |= {"epoch": step // per_epoch, "step": step, "args": run}
-        save_state(content, output / name)
-        return output / name
-
-    net = process.wrap(torch.compile(net) if cfg.compile else net)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    batches, saved = loader.batches(step, total), time.monotonic()
-    losses, seconds, waited, skipped, in_a_row, stopping = [], [], 0.0, 0, 0, False
-    bar = tqdm(total=total, initial=step, disable=process.rank > 0 or not sys.stderr.isatty())
-    while step < total and not stopping:
-        started = time.perf_counter()
-        net.train()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step, group["lr_scale"])
-        seeds = np.random.SeedSequence((cfg.seed, step, process.rank, 0))
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
-        for micro in range(cfg.accum_iter):
-            waited -= time.perf_counter()
-            images, labels = next(batches)
-            waited += time.perf_counter()
-            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-            alone = process.world_size > 1 and micro < cfg.accum_iter - 1
-            with net.no_sync() if alone else contextlib.nullcontext():
-                with process.autocast():
-                    images = data.normalize(images)
-                    loss = loss_of(net, images, labels, step * cfg.accum_iter + micro)
-                scaler.scale(loss / cfg.accum_iter).backward()
-            losses.append(loss.detach())
-        anyone = process.sum(torch.full((), float(stop.is_set()), device=device))
-        finite = apply_gradients(optimizer, scaler, cfg.clip_grad)
-        stopping = bool(anyone)  # the host has just waited for the device
-        skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
-        if in_a_row == 20:
-            raise SystemExit(f"20 steps without a finite gradient; last good checkpoint: {good}")
-        step += 1
-        bar.update()
-        seconds.append(time.perf_counter() - started)
-        speed = batch / statistics.median(seconds[-99:])
-        if step % cfg.log_every == 0 and bar.disable:
-            loss = torch.stack(losses[-cfg.log_every :]).mean().item()
-            process.say(f"step {step}/{total}: loss {loss:.4f}, {speed:.1f} images/s")
-        if step % per_epoch == 0:
-            epoch = step // per_epoch - 1
-            record = {"epoch": epoch} | epoch_totals(process, losses, loader.unreadable)
-            record |= {"train_lr": max(group["lr"] for group in optimizer.param_groups)}
-            record |= {"images_per_second": speed, "data_wait": waited / sum(seconds)}
-            record |= {"memory_gb": memory_gb(device), "skipped_steps": skipped}
-            record |= end_of_epoch(epoch)
-            if writes:
-                write_log(output, record)
-                if (epoch + 1) % cfg.save_freq == 0 or step == total:
-                    save(f"checkpoint-{epoch}.pth")
-            losses, seconds, waited = [], [], 0.0
-            process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
-        if writes and (step % per_epoch == 0 or time.monotonic() - saved > 60 * cfg.save_every):
-            good, saved = save("checkpoint-last.pth"), time.monotonic()
-    if writes and stopping:
-        good = save("checkpoint-last.pth")
-    process.sum(torch.zeros((), device=device))  # nobody leaves before all is written
-    if stopping and step < total:
-        process.say(f"stopped after step {step}; the same command continues from {good}")
-        raise SystemExit(0)
+            late = time.monotonic() - saved > 60 * cfg.save_every
+            mine = [loader.unreadable - unreadable, len(caught), late]
+            told = tell_all(process, optimizer, scaler, losses, mine)
+            norm, loss, count, bad, stopping, due = told
+            finite = apply_gradients(optimizer, scaler, norm, cfg.clip_grad)
+            if not finite:
+                parts["model"].load_state_dict(before, strict=False)
+            in_a_row = 0 if finite else in_a_row + 1
+            if in_a_row == min(20, total):
+                raise TrainingError(f"{in_a_row} steps without a finite gradient; {good}")
+            step += 1
+            bar.update()
+            times.append(time.perf_counter() - started)
+            news = {"loss": loss, "losses": count, "unreadable": bad, "skipped": not finite,
+                    "seconds": times[-1], "waited": waited}  # fmt: skip
+            log["epoch"] = {k: log["epoch"].get(k, 0) + v for k, v in news.items()}
+            speed, loss = batch / statistics.median(times[-99:]), loss / max(count, 1)
+            if step % cfg.log_every == 0:
+                board({"loss": loss, "images_per_second": speed}, step)
+                if bar.disable:
+                    process.say(f"step {step}/{total}: loss {loss:.4f}, {speed:.1f} images/s")
+            if step % per_epoch == 0:
+                record = summary(log, optimizer) | {"images_per_second": speed}
+                record |= {"memory_gb": memory_gb(device)}
+                record |= end_of_epoch(record["epoch"], log["records"])
+                log = {"records": [*log["records"], record], "epoch": {}}
+                process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
+                board(record, step, output / f"reconstruction-{record['epoch']}.png")
+            if writes and (step % per_epoch == 0 or due or stopping):
+                content = {"epoch": step // per_epoch, "step": step, "args": args, "log": log}
+                good = save_training(cfg, parts, content, step % per_epoch == 0, good)
+                saved = time.monotonic()
+        if stopping and step < total:
+            process.say(f"stopped after step {step}; the same command continues: {good}")
+            raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(0)
+    return log["records"][-1]
 
 
-def epoch_totals(process: Process, losses: list[Tensor], unreadable: int) -> dict:
-    """Mean of the finite losses and number of unreadable images, over all processes."""
-    loss = torch.stack(losses)
-    kept = loss.isfinite()
-    counts = torch.stack([loss[kept].sum(), kept.sum(), torch.full_like(loss[0], unreadable)])
-    total, number, unreadable = process.sum(counts).tolist()
-    return {"train_loss": total / max(number, 1), "unreadable_images": int(unreadable)}
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what batch normalisation counts (nothing in most models), to undo a step with."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return {k: v.clone() for k, v in model.named_buffers() if k.endswith(names)}
+
+
+def tell_all(
+    process: Process, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    losses: list[Tensor], mine: list[float],
+) -> list[float]:  # fmt: skip
+    """[gradient norm, sum and number of finite losses, *mine], the latter summed over processes:
+    their one message beside DDP's, and the one host synchronisation of a step."""
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    values = torch.stack(losses).float()
+    finite = values.isfinite()
+    # All processes have the same norm; in the sum of its shares a NaN stays one.
+    told = [norm / process.world_size, torch.where(finite, values, 0).sum(), finite.sum().float()]
+    host = torch.tensor(mine, dtype=torch.float32).to(values.device, non_blocking=True)
+    return process.sum(torch.cat([torch.stack(told), host])).tolist()
+
+
+def summary(log: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """An epoch's record from its sums over steps."""
+    sums, rates = log["epoch"], [group["lr"] for group in optimizer.param_groups]
+    return {"epoch": len(log["records"]), "train_loss": sums["loss"] / max(sums["losses"], 1),
+            "train_lr": max(rates), "unreadable_images": int(sums["unreadable"]),
+            "skipped_steps": int(sums["skipped"]),
+            "data_wait": sums["waited"] / sums["seconds"]}  # fmt: skip
+
+
+def save_training(cfg: RunConfig, parts: dict, content: dict, whole: bool, good: str) -> str:
+    """Write checkpoint-last.pth and, after a `whole` epoch, log.txt and what `save_freq` asks for.
+
+    Returns the words that name the last good checkpoint; weights that are not finite are an error.
+    """
+    for name, value in parts["model"].state_dict().items():
+        if not value.isfinite().all():
+            raise TrainingError(f"{name} is no longer finite, try a lower learning rate; {good}")
+    output, epoch, paths = Path(cfg.output_dir), content["epoch"], []
+    if whole:
+        lines = "".join(json.dumps(record) + "\n" for record in content["log"]["records"])
+        save_file(output / "log.txt", lambda file: file.write(lines.encode()))
+        if epoch % cfg.save_freq == 0 or epoch == cfg.epochs:
+            paths.append(output / f"checkpoint-{epoch - 1}.pth")
+    content = {name: part.state_dict() for name, part in parts.items()} | content
+    for path in [*paths, output / "checkpoint-last.pth"]:
+        save_file(path, partial(torch.save, content))
+    return f"the last good checkpoint is {path}"
 
 
 def memory_gb(device: torch.device) -> float:
@@ -1234,83 +1434,76 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def write_log(output: Path, record: dict) -> None:
-    """Append to log.txt, and to TensorBoard where it is installed."""
+def open_board(output: Path, step: int) -> Callable[..., None]:
+    """A function (values, step, picture) that writes to TensorBoard where that is installed."""
     try:
-        with open(output / "log.txt", "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {output / 'log.txt'}: {error.strerror}") from None
-    with contextlib.suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return lambda *_: None
+    writer = SummaryWriter(str(output), purge_step=step)
 
-        with SummaryWriter(str(output)) as board:
-            for name, value in record.items():
-                board.add_scalar(name, value, record["epoch"])
-            picture = output / f"reconstruction-{record['epoch']}.png"
-            if picture.exists():
-                pixels = np.asarray(Image.open(picture))
-                board.add_image("reconstruction", pixels, record["epoch"], dataformats="HWC")
+    def write(values: dict[str, float], step: int, picture: Path | None = None) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        if picture and picture.exists():
+            pixels = np.asarray(Image.open(picture))
+            writer.add_image("reconstruction", pixels, step, dataformats="HWC")
+        writer.flush()
+
+    return write
 
 
 # ── pre-training ──────────────────────────────────────────────────────────────────────
 
 
-def pretrain(cfg: PretrainConfig) -> None:
+def pretrain(cfg: PretrainConfig) -> dict:
     """Pre-train on any tree of images; without --data_path, ten steps on the built-in ones."""
     process = setup_process(cfg.device, cfg.dtype)
-    config = model_config(
-        cfg.model, input_size=cfg.input_size, window_size=cfg.window_size, release=cfg.release,
-        norm_pix_loss=cfg.norm_pix_loss,
-    )  # fmt: skip
+    file = read_checkpoint(cfg.weights) if cfg.weights else None
+    name, config = choose_config(cfg, file)
+    cfg, dry = replace(cfg, model=name), not cfg.data_path
     shown = draw_plan(config, cfg.mask_ratio, (cfg.seed,))  # of the pictures; checks the ratio
-    source = open_images(cfg.data_path) if cfg.data_path else None
     crop = data.TrainCrop(config.input_size, (cfg.crop_min, 1.0), fast_decode=cfg.fast_decode)
-    cfg, loader, lr = prepare(cfg, process, source, crop, 256)
+    cfg, loader, lr, args = prepare(cfg, process, config, "", crop, 256)
 
     torch.manual_seed(cfg.seed)
-    model = GreenMIM(config)
-    if cfg.weights:
-        load_model(model, cfg.weights)
+    model, said = load_weights(partial(GreenMIM, config), cfg.weights, file, cfg.release)
+    if file:
+        process.say(said)
     for layer in model.encoder.layers:
         layer.grad_checkpoint = cfg.grad_checkpoint
-    model.to(process.device)
-    groups = parameter_groups(model, cfg.weight_decay)
+    groups = parameter_groups(model.to(process.device), cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.95), fused=process.device.type != "mps")
-    run = {"command": "pretrain", "model": cfg.model, "config": asdict(config)}
 
-    # Masks are planned one micro-batch ahead on a thread, so never on the device's time.
-    planner, ahead = ThreadPoolExecutor(1), {}
+    @lru_cache(2)
+    def plan_of(number: int) -> MaskPlan:
+        return draw_plan(config, cfg.mask_ratio, (cfg.seed, number, process.rank, 1))
 
     def loss_of(net: nn.Module, images: Tensor, _: Tensor, number: int) -> Tensor:
-        for n in (number, number + 1):
-            if n not in ahead:
-                seed = (cfg.seed, n, process.rank, 1)
-                ahead[n] = planner.submit(draw_plan, config, cfg.mask_ratio, seed)
-        loss, _ = net(images, to_device(ahead.pop(number).result(), process.device))
+        loss, _ = net(images, to_device(plan_of(number), process.device))
+        plan_of(number + 1)  # now, while a GPU is busy with the forward pass
         return loss
 
     def schedule(step: int, scale: float) -> float:
-        epoch = step / len(loader)
-        return scale * pretrain_lr(epoch, lr, cfg.min_lr, cfg.warmup_epochs, cfg.epochs)
+        epoch, warmup = step / len(loader), cfg.warmup_epochs
+        return scale * lr_at(epoch, lr, 0.0, cfg.min_lr, warmup, warmup, cfg.epochs)
 
-    def end_of_epoch(epoch: int) -> dict:
+    def end_of_epoch(epoch: int, _: list[dict]) -> dict:
         due = (epoch + 1) % cfg.save_freq == 0 or epoch == cfg.epochs - 1
         if due and cfg.output_dir and process.rank == 0:
-            output = Path(cfg.output_dir)
-            crop = data.EvalCrop(config.input_size)
-            pixels, _, _ = next(data.eval_batches(loader.source, crop, batch_size=8))
-            picture = draw_reconstructions(model, pixels, shown)
+            output, view = Path(cfg.output_dir), data.EvalCrop(config.input_size)
+            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8))
+            picture, _ = draw_reconstructions(model, pixels, shown)
             save_picture(picture, output / f"reconstruction-{epoch}.png")
-            plain = run | {"config": asdict(replace(config, release="corrected"))}
-            backbone = {"model": export_state(model.encoder, "official"), "args": plain}
-            save_state(backbone, output / "backbone.pth")
+            backbone = {"model": export_state(model.encoder, "official"), "args": args}
+            save_file(output / "backbone.pth", partial(torch.save, backbone))
         return {}
 
     parts = {"model": model, "optimizer": optimizer}
-    train(cfg, process, parts, loader, run, schedule, loss_of, end_of_epoch)
-    if not cfg.data_path:
+    record = train(cfg, process, parts, loader, args, schedule, loss_of, end_of_epoch)
+    if dry:
         process.say("dry run: to pre-train on your images, give --data_path FOLDER")
+    return record
 
 
 # ── fine-tuning ───────────────────────────────────────────────────────────────────────
@@ -1321,7 +1514,7 @@ class SwinClassifier(SwinEncoder):
 
     def __init__(self, config: ModelConfig, num_classes: int, drop_path: float = 0.0) -> None:
         super().__init__(config, eps=1e-5, drop_path=drop_path)
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head = nn.Linear(self.channels[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -1333,89 +1526,64 @@ class SwinClassifier(SwinEncoder):
         return self.head(super().forward(images).mean(1))
 
 
-def build_classifier(
-    cfg: FinetuneConfig, config: ModelConfig, num_classes: int, say: Callable[[str], None]
-) -> SwinClassifier:
-    """Classifier with the weights of `cfg`; for a linear probe only the head can learn."""
-    model = SwinClassifier(config, num_classes, cfg.drop_path)
-    if cfg.weights:
-        say(load_encoder(model, cfg.weights, cfg.release))
-    if cfg.linear_probe:
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
-    for layer in model.layers:
-        layer.grad_checkpoint = cfg.grad_checkpoint
-    return model
-
-
-def best_so_far(cfg: FinetuneConfig) -> float:
-    """Top-1 of best.pth if this run goes on from a checkpoint, else 0."""
-    output = Path(cfg.output_dir)
-    resumes = cfg.output_dir and cfg.resume != "none" and any(output.glob("checkpoint-*.pth"))
-    if not resumes or not (output / "best.pth").exists():
-        return 0.0
-    return read_checkpoint(output / "best.pth").get("test_acc1", 0.0)
-
-
-def finetune_crop(cfg: FinetuneConfig, size: int) -> data.TrainCrop:
-    """Random crop, flip and RandAugment; InputError if policy or batch do not work."""
-    if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
-        raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
-    try:
-        policy = augment.RandAugment(cfg.aa) if cfg.aa not in ("", "none") else None
-    except ValueError as error:
-        raise InputError(f"--aa: {error}") from None
-    scale = (cfg.crop_min, 1.0)
-    return data.TrainCrop(size, scale, augment=policy, fast_decode=cfg.fast_decode)
-
-
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, process: Process, source: data.ImageFiles, batch_size: int, workers: int
-) -> dict:
+    model: nn.Module, process: Process, source: data.ImageFiles, crop: Callable,
+    batch_size: int, num_workers: int | None,
+) -> dict:  # fmt: skip
     """Loss, top-1 and top-5 in percent over a labelled source, each image counted once."""
     model.eval()
-    totals = torch.zeros(4, device=process.device)
-    crop = data.EvalCrop(model.config.input_size, "simmim")
-    batches = data.eval_batches(
+    sums = torch.zeros(4, device=process.device)
+    for images, labels, _ in data.eval_batches(
         source, crop, batch_size=batch_size, rank=process.rank,
-        world_size=process.world_size, num_workers=workers,
-    )  # fmt: skip
-    for images, labels, _ in batches:
+        world_size=process.world_size, num_workers=num_workers,
+    ):  # fmt: skip
         labels = labels.to(process.device)
         with process.autocast():
             logits = model(data.normalize(images.to(process.device))).float()
         right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         count = torch.tensor(float(len(labels)), device=process.device)
-        totals += torch.stack([loss, right[:, 0].sum(), right.any(1).sum(), count])
-    loss, top1, top5, count = process.sum(totals).tolist()
-    if not count:
-        raise InputError("none of the validation images can be read")
+        sums += torch.stack([loss, right[:, 0].sum(), right.any(1).sum(), count])
+    loss, top1, top5, count = process.sum(sums).tolist()
     return {"test_loss": loss / count, "test_acc1": 100 * top1 / count,
             "test_acc5": 100 * top5 / count, "test_images": int(count)}  # fmt: skip
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
-    """Train a classifier on train/<class>/, test it on val/<class>/; returns the last accuracy."""
+    """Train a classifier on train/<class>/, test it on val/<class>/; returns the last record."""
     process = setup_process(cfg.device, cfg.dtype)
-    sizes = {"input_size": cfg.input_size, "window_size": cfg.window_size}
-    config = model_config(cfg.model, release=cfg.release, **sizes)
-    config = replace(config, release="corrected")  # loading adapts older weights
-    plain = {"mixup": 0, "cutmix": 0, "smoothing": 0, "reprob": 0, "aa": "", "drop_path": 0}
-    cfg = replace(cfg, **plain) if cfg.linear_probe else cfg
-    source, test, classes = None, None, [str(c) for c in range(1000)]  # of a dry run
-    if cfg.data_path:
-        source, test = (open_images(cfg.data_path, split) for split in ("train", "val"))
-        classes = source.classes
-        check_classes(classes, test.classes, cfg.nb_classes or len(classes))
-    num_classes = cfg.nb_classes or len(classes)
-    cfg, loader, lr = prepare(cfg, process, source, finetune_crop(cfg, config.input_size), 512)
-    mixup = augment.Mixup(cfg.mixup, cfg.cutmix, smoothing=cfg.smoothing, num_classes=num_classes)
+    file = read_checkpoint(cfg.weights) if cfg.weights else None
+    name, config = choose_config(cfg, file)
+    config = replace(config, release="corrected")  # nothing is masked, and loading reorders
+    cfg, dry = replace(cfg, model=name), not cfg.data_path
+    if cfg.linear_probe:
+        cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0)
+    if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
+        raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
+    try:
+        policy = augment.RandAugment(cfg.aa) if cfg.aa not in ("", "none") else None
+    except ValueError as error:
+        raise InputError(f"--aa: {error}") from None
+    side, scale = config.input_size, (cfg.crop_min, 1.0)
+    crop = data.TrainCrop(side, scale, augment=policy, fast_decode=cfg.fast_decode)
+    cfg, loader, lr, args = prepare(cfg, process, config, "train", crop, 512)
+    classes = loader.source.classes
+    outputs = cfg.nb_classes or (1000 if dry else len(classes))
+    test = None if dry else data.open_source(cfg.data_path, "val")
+    data.check_classes(classes, test.classes if test else classes, outputs)
+    mixup = augment.Mixup(cfg.mixup, cfg.cutmix, smoothing=cfg.smoothing, num_classes=outputs)
 
     torch.manual_seed(cfg.seed)
-    model = build_classifier(cfg, config, num_classes, process.say).to(process.device)
-    model.dense_plan(process.device)  # not while torch.compile looks on
+    make = partial(SwinClassifier, config, outputs, cfg.drop_path)
+    model, said = load_weights(make, cfg.weights, file, cfg.release, fresh_head=True)
+    if file:
+        process.say(said)
+    if cfg.linear_probe:
+        model.requires_grad_(False).head.requires_grad_(True)
+    for layer in model.layers:
+        layer.grad_checkpoint = cfg.grad_checkpoint
+    model.to(process.device).dense_plan(side, side, process.device)  # before compile traces it
     groups = parameter_groups(model, cfg.weight_decay, config.depths, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr, fused=process.device.type != "mps")
     parts, judged = {"model": model, "optimizer": optimizer}, model
@@ -1424,7 +1592,6 @@ def finetune(cfg: FinetuneConfig) -> dict:
         ema = swa_utils.AveragedModel(model, multi_avg_fn=average)
         optimizer.register_step_post_hook(lambda *_: ema.update_parameters(model))
         parts, judged = parts | {"ema": ema}, ema.module
-    run = {"command": "finetune", "model": cfg.model, "config": asdict(config), "classes": classes}
 
     def loss_of(net: nn.Module, images: Tensor, labels: Tensor, number: int) -> Tensor:
         rng = np.random.default_rng((cfg.seed, number, process.rank, 2))
@@ -1434,208 +1601,217 @@ def finetune(cfg: FinetuneConfig) -> dict:
         return F.cross_entropy(net(images).float(), targets)
 
     total, warmup = cfg.epochs * len(loader), int(cfg.warmup_epochs * len(loader))
-    start, low = (value * (lr / cfg.blr if cfg.blr else 1) for value in (cfg.warmup_lr, cfg.min_lr))
+    start, end = (value * (lr / cfg.blr if cfg.blr else 1) for value in (cfg.warmup_lr, cfg.min_lr))
 
     def schedule(step: int, scale: float) -> float:
-        return finetune_lr(step, lr * scale, start, low, warmup, total)
+        # SimMIM: one update late, and the cosine is not moved by the warm-up.
+        return lr_at(max(step - 1, 0), lr * scale, start, end, warmup, 0, total)
 
-    result, best, best_file = {}, best_so_far(cfg), Path(cfg.output_dir) / "best.pth"
-
-    def end_of_epoch(epoch: int) -> dict:
-        nonlocal best
-        if not test or ((epoch + 1) % cfg.test_freq and epoch + 1 < cfg.epochs):
+    def end_of_epoch(epoch: int, records: list[dict]) -> dict:
+        if dry or ((epoch + 1) % cfg.test_freq and epoch + 1 < cfg.epochs):
             return {}
-        result.update(accuracy(judged, process, test, cfg.batch_size, loader.num_workers))
+        view = data.EvalCrop(side, "simmim")
+        result = accuracy(judged, process, test, view, cfg.batch_size, cfg.num_workers)
+        best = max((record.get("test_acc1", 0.0) for record in records), default=0.0)
         if result["test_acc1"] >= best and cfg.output_dir and process.rank == 0:
-            best = result["test_acc1"]
-            file = {"model": judged.state_dict(), "args": run, "epoch": epoch}
-            save_state(file | result, best_file)
+            content = {"model": judged.state_dict(), "args": args, "epoch": epoch} | result
+            save_file(Path(cfg.output_dir) / "best.pth", partial(torch.save, content))
         return result
 
-    train(cfg, process, parts, loader, run, schedule, loss_of, end_of_epoch)
-    if not cfg.data_path:
+    record = train(cfg, process, parts, loader, args, schedule, loss_of, end_of_epoch)
+    if dry:
         process.say("dry run: to fine-tune, give --data_path FOLDER with train/ and val/<class>/")
-    return result
+    return record
 
 
 # ── other commands ────────────────────────────────────────────────────────────────────
 
 
-def open_images(data_path: str, split: str = "") -> data.ImageFiles | data.DrawnImages:
-    """Images of a path, labelled ones of a split; "drawn:N" stands for N built-in images."""
-    if data_path.startswith("drawn:") and data_path[6:].isdecimal():
-        return data.DrawnImages(split or "train", int(data_path[6:]))
-    if not data_path:
-        raise InputError("give --data_path")
-    return data.find_labelled(data_path, split) if split else data.find_images(data_path)
-
-
-def check_classes(trained: Sequence[str], tested: Sequence[str], outputs: int) -> None:
-    """InputError unless labels of both mean the same and the model has enough outputs."""
-    if len(trained) > outputs:
-        raise InputError(f"the data has {len(trained)} classes, more than the {outputs} outputs")
-    if list(trained) != list(tested):
-        odd = sorted(set(trained) ^ set(tested))[:3]
-        raise InputError(f"the classes differ from those of training: {', '.join(odd)}")
-
-
-def open_weights(cfg: UseConfig) -> tuple[dict, ModelConfig]:
-    """The file of --weights and the architecture it is for."""
+def open_model(
+    cfg: UseConfig, whole: bool = False, head: bool = True
+) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
+    """Process, the network of --weights (`whole` = with its decoder, else an encoder or, if the
+    file has a head that is wanted, a classifier), what the file says of itself, and the crop."""
     if not cfg.weights:
         raise InputError("give --weights FILE")
-    file = read_checkpoint(cfg.weights)
-    run = file["args"]
-    name = cfg.model or run.get("model", "swin_b")
-    if "config" in run and OTHER_NAMES.get(name, name) != run["model"]:
-        raise InputError(f"{cfg.weights} is of --model {run['model']}, not {name}")
-    base = ModelConfig(**run["config"]) if "config" in run else None
-    release = None if base else cfg.release  # our files know theirs
-    return file, model_config(
-        name, base, input_size=cfg.input_size, window_size=cfg.window_size, release=release
-    )
+    process, file = setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
+    name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
+    weight = swin_names(file["model"]).get("head.weight") if head else None
+    make = partial(GreenMIM if whole else SwinEncoder, config)
+    if not whole and weight is not None:
+        make = partial(SwinClassifier, config, len(weight))
+    model, said = load_weights(make, cfg.weights, file, cfg.release)
+    size = cfg.input_size or config.input_size
+    check_size(size, config.mask_unit)
+    process.say(f"{said}; {name}, {size} px, window {config.window_size}")
+    return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size)
 
 
-def open_encoder(cfg: UseConfig) -> tuple[dict, SwinEncoder, str]:
-    """The file of --weights, its encoder or classifier, and what was adapted in loading."""
-    file, config = open_weights(cfg)
-    head, plain = swin_names(file["model"]).get("head.weight"), replace(config, release="corrected")
-    model = SwinEncoder(plain) if head is None else SwinClassifier(plain, len(head))
-    return file, model, load_encoder(model, cfg.weights, cfg.release)
+def load_backbone(path: str | Path) -> SwinEncoder:
+    """Encoder with the weights of any file that this script reads: .maps, .channels, .strides."""
+    return open_model(UseConfig(weights=str(path), device="cpu"), head=False)[1]
+
+
+@torch.no_grad()
+def embed(
+    encoder: SwinEncoder, process: Process, source: data.ImageFiles, crop: Callable,
+    cfg: UseConfig,
+) -> dict[str, Tensor]:  # fmt: skip
+    """All processes' "features" (n, C), with `per_stage` maps "stage0", ... instead (n, C, h, w),
+    and the "labels" and "indices" (n,) of their images, on the CPU."""
+    found: dict[str, list[Tensor]] = {}
+    batches = data.eval_batches(
+        source, crop, batch_size=cfg.batch_size, rank=process.rank,
+        world_size=process.world_size, num_workers=cfg.num_workers,
+    )  # fmt: skip
+    for images, labels, indices in tqdm(batches, disable=not sys.stderr.isatty()):
+        with process.autocast():
+            maps = encoder.maps(data.normalize(images.to(process.device)))
+            pooled = encoder.norm(maps[-1].flatten(2).transpose(1, 2)).mean(1)
+        named = {f"stage{i}": x for i, x in enumerate(maps)} if cfg.per_stage else {}
+        named = {k: x.float() for k, x in (named or {"features": pooled}).items()}
+        for key, value in (named | {"labels": labels, "indices": indices}).items():
+            found.setdefault(key, []).append(value.cpu())
+    mine, parts = {k: torch.cat(v) for k, v in found.items()}, [None] * process.world_size
+    if process.world_size == 1:
+        return mine
+    dist.all_gather_object(parts, mine)
+    return {k: torch.cat([part[k] for part in parts]) for k in mine}
+
+
+def nearest_neighbours(
+    features: Tensor, known: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """(B, C), (n, C), (n,) -> votes (B, classes): each of the k nearest exp(cosine / temperature).
+
+    Weighted k-NN of Wu et al., arXiv 1805.01978, with the k and temperature of DINO.
+    """
+    cosine = F.normalize(features, dim=-1) @ F.normalize(known, dim=-1).T
+    nearest = cosine.topk(min(k, len(known)))
+    votes = torch.zeros(len(features), int(labels.max()) + 1)
+    weights = (nearest.values / temperature).exp()
+    return votes.scatter_add_(1, labels[nearest.indices], weights)
 
 
 def evaluate(cfg: UseConfig) -> dict:
-    """Top-1 and top-5 of a fine-tuned file on val/<class>/, each image counted once."""
-    process = setup_process(cfg.device, cfg.dtype)
-    file, model, adapted = open_encoder(cfg)
-    if not isinstance(model, SwinClassifier):
-        raise InputError(f"{cfg.weights} has no classification head; make one with finetune")
-    source = open_images(cfg.data_path, "val")
-    classes, outputs = file["args"].get("classes"), model.head.out_features
-    if not classes and len(source.classes) != outputs:
-        raise InputError(f"the data has {len(source.classes)} classes, the model {outputs}")
-    check_classes(classes or source.classes, source.classes, outputs)
-    process.say(adapted)
-    workers = worker_count(cfg.num_workers)
-    result = accuracy(model.to(process.device), process, source, cfg.batch_size, workers)
+    """Top-1 and top-5 on val/<class>/, each image counted once; of a file without a head by the
+    nearest neighbours of its features in train/<class>/."""
+    process, model, args, crop = open_model(cfg)
+    source = data.open_source(cfg.data_path, "val")
+    if isinstance(model, SwinClassifier):
+        outputs, classes = model.head.out_features, args.get("classes") or source.classes
+        if not args and len(source.classes) != outputs:
+            raise InputError(f"the data has {len(source.classes)} classes, the model {outputs}")
+        data.check_classes(classes, source.classes, outputs)
+        result = accuracy(model, process, source, crop, cfg.batch_size, cfg.num_workers)
+    else:
+        train = data.open_source(cfg.data_path, "train")
+        data.check_classes(train.classes, source.classes, len(train.classes))
+        known, asked = (embed(model, process, x, crop, cfg) for x in (train, source))
+        votes = torch.cat([nearest_neighbours(part, known["features"], known["labels"])
+                           for part in asked["features"].split(256)])  # fmt: skip
+        right = votes.topk(min(5, votes.shape[1])).indices == asked["labels"][:, None]
+        result = {"knn_acc1": 100 * right[:, 0].float().mean().item(),
+                  "knn_acc5": 100 * right.any(1).float().mean().item(),
+                  "test_images": len(right)}  # fmt: skip
     process.say(json.dumps(result))
     return result
 
 
 @torch.no_grad()
-def draw_reconstructions(model: GreenMIM, pixels: Tensor, plan: MaskPlan) -> Image.Image:
-    """Labelled grid for uint8 (B, 3, S, S): image, what the encoder saw, reconstruction."""
+def draw_reconstructions(
+    model: GreenMIM, pixels: Tensor, plan: MaskPlan
+) -> tuple[Image.Image, float]:
+    """Labelled grid for uint8 (B, 3, S, S): image, what the encoder saw, reconstruction; loss."""
     model.eval()
     size, device = model.config.mask_unit, model.mask_token.device
-    plan = to_device(plan, device)
-    images = data.normalize(pixels.to(device))
-    patches = patchify(images, size)
-    prediction = model.predict(images, plan)
+    plan, images = to_device(plan, device), data.normalize(pixels.to(device))
+    patches, label = patchify(images, size), "reconstruction"
+    loss, prediction = model(images, plan)
     if model.config.norm_pix_loss:
-        _, mean, deviation = normalize_patches(patches)
-        prediction = prediction * deviation + mean
+        _, mean, deviation = normalize_patches(patches[:, plan.hidden])
+        prediction, label = prediction * deviation + mean, f"{label}, true mean and contrast"
     seen, filled = patches.clone(), patches.clone()
-    seen[:, plan.hidden] = 0.0  # the mean colour
-    filled[:, plan.hidden] = prediction[:, plan.hidden]
-    mean, std = (torch.tensor(v, device=device) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    rows = torch.stack([patches, seen, filled], 1).unflatten(-1, (-1, 3)) * std + mean
-    layout = "b k (h w) (p q) c -> (b h p) (k w q) c"
-    grid = rearrange(rows, layout, h=model.config.units, p=size).clamp(0, 1) * 255
-    picture = Image.fromarray(grid.round().byte().cpu().numpy())
-    zoom = -(-160 // pixels.shape[-1])  # room for the labels
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
-    labelled = Image.new("RGB", (picture.width, picture.height + 16), "white")
-    labelled.paste(picture, (0, 16))
-    for k, text in enumerate(("image", "visible to the encoder", "reconstruction")):
-        ImageDraw.Draw(labelled).text((k * picture.width // 3 + 4, 2), text, fill="black")
-    return labelled
+    seen[:, plan.hidden], filled[:, plan.hidden] = 0.0, prediction  # 0 is the mean colour
+    layout = "k b (h w) (p q c) -> k b c (h p) (w q)"
+    columns = torch.stack([patches, seen, filled])
+    columns = rearrange(columns, layout, h=model.config.units, p=size, q=size)
+    return data.draw_columns(columns, ("image", "visible", label)), loss.item()
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """`save_file` for a PNG."""
     if path.suffix.lower() != ".png":
         raise InputError(f"--output {path}: pictures are written as .png")
-    encoded = io.BytesIO()  # Pillow would hide the reason of a failed write
-    picture.save(encoded, "PNG")
-    save_file(path, lambda file: file.write(encoded.getvalue()))
+    save_file(path, partial(picture.save, format="PNG"))
 
 
-def reconstruct(cfg: UseConfig) -> None:
+def reconstruct(cfg: UseConfig) -> dict:
     """PNG grid of images, their visible parts and reconstructions by a pre-trained file."""
-    process = setup_process(cfg.device, cfg.dtype)
-    _, config = open_weights(cfg)
-    model = GreenMIM(config)
-    load_model(model, cfg.weights)
-    crop = data.EvalCrop(config.input_size)
-    source = open_images(cfg.data_path)
-    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count), (None,) * 3)
-    if pixels is None:
-        raise InputError(f"{cfg.data_path}: none of the images can be read")
-    plan = draw_plan(config, cfg.mask_ratio, (cfg.seed,))
-    output = cfg.output or "reconstruction.png"
-    picture = draw_reconstructions(model.to(process.device), pixels, plan)
+    process, model, args, crop = open_model(cfg, whole=True)
+    ratio = args.get("settings", {}).get("mask_ratio", 0.75)
+    ratio = ratio if cfg.mask_ratio is None else cfg.mask_ratio
+    plan = draw_plan(model.config, ratio, (cfg.seed,))
+    source, output = data.open_source(cfg.data_path), Path(cfg.output or "reconstruction.png")
+    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count))
+    picture, loss = draw_reconstructions(model, pixels, plan)
     if process.rank == 0:
-        save_picture(picture, Path(output))
-    process.say(f"wrote {output}")
+        save_picture(picture, output)
+    process.say(f"wrote {output}: {len(pixels)} images, ratio {ratio}, loss {loss:.4f}")
+    return {"output": str(output), "images": len(pixels), "mask_ratio": ratio, "loss": loss}
 
 
-def export(cfg: UseConfig) -> None:
+def export(cfg: UseConfig) -> dict:
     """Encoder, and head if there is one, in timm's or official Swin's parameter names."""
-    _, model, adapted = open_encoder(cfg)
-    state = export_state(model, cfg.naming)
+    _, model, *_ = open_model(cfg)
+    config, state = model.config, export_state(model, cfg.naming)
     output = Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
-    bare = output.suffix == ".safetensors" or cfg.naming == "timm"
-    save_state(state if bare else {"model": state}, output)
-    print(f"{adapted}; wrote {len(state)} tensors to {output}")
-    stages = [(model.config.units * model.config.unit_tokens(i), model.config.window(i)[0])
-              for i in range(len(model.layers))]  # fmt: skip
-    if any(side % window for side, window in stages):
+    write = partial(torch.save, state if cfg.naming == "timm" else {"model": state})
+    if output.suffix == ".safetensors":
+        with blaming(output):
+            from safetensors.torch import save
+
+        write = lambda file: file.write(save(state))  # noqa: E731
+    save_file(output, write)
+    print(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
+          f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")  # fmt: skip
+    if cfg.naming == "timm":
+        names = ("patch_size", "embed_dim", "depths", "num_heads", "window_size")
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        outputs = model.head.out_features if isinstance(model, SwinClassifier) else 0
+        print(f"timm.create_model('swin_base_patch4_window7_224', img_size={config.input_size}, "
+              f"{sizes}, num_classes={outputs}) loads it strictly")  # fmt: skip
+    if any(config.side(i) % config.window(i) for i in range(len(config.depths))):
         print("note: timm pads windows that do not divide a map, official Swin refuses them; "
               "here they are cut, so answers differ")  # fmt: skip
+    return {"output": str(output), "tensors": len(state)}
 
 
-@torch.no_grad()
-def features(cfg: UseConfig) -> None:
+def features(cfg: UseConfig) -> dict:
     """Pooled features (n, C), or maps (n, C, h, w) of every stage, and file names, as .npz."""
-    process = setup_process(cfg.device, cfg.dtype)
-    _, model, adapted = open_encoder(cfg)
-    process.say(adapted)
-    model.to(process.device).eval()
-    source, found = open_images(cfg.data_path), {}
-    crop = data.EvalCrop(model.config.input_size)
-    workers = worker_count(cfg.num_workers)
-    batches = data.eval_batches(source, crop, batch_size=cfg.batch_size, num_workers=workers)
-    for images, _, indices in tqdm(batches, disable=not sys.stderr.isatty()):
-        with process.autocast():
-            maps = model.stages(data.normalize(images.to(process.device)))
-            parts = {"features": model.norm(maps[-1]).mean(1)}
-        if cfg.per_stage:
-            side = [math.isqrt(x.shape[1]) for x in maps]
-            parts = {f"stage{i + 1}": rearrange(x, "b (h w) c -> b c h w", h=side[i])
-                     for i, x in enumerate(maps)}  # fmt: skip
-        for key, value in parts.items():
-            found.setdefault(key, []).append(value.float().cpu().numpy())
-        found.setdefault("names", []).append(np.array([source.name(int(i)) for i in indices]))
-    if not found:
-        raise InputError(f"{cfg.data_path}: none of the images can be read")
-    output = cfg.output or "features.npz"
-    arrays = {k: np.concatenate(v) for k, v in found.items()}
+    process, model, _, crop = open_model(cfg, head=False)
+    source, output = data.open_source(cfg.data_path), Path(cfg.output or "features.npz")
+    found = embed(model, process, source, crop, cfg)
+    indices, order = found.pop("indices").sort()
+    arrays = {k: v[order].numpy() for k, v in found.items() if k != "labels"}
+    arrays["names"] = np.array([source.name(i) for i in indices.tolist()])
     if process.rank == 0:
-        save_file(Path(output), lambda file: np.savez(file, **arrays))
+        save_file(output, lambda file: np.savez(file, **arrays))
     process.say(f"wrote {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} to {output}")
+    return {"output": str(output)} | {k: list(v.shape) for k, v in arrays.items()}
 
 
-def demo(cfg: UseConfig) -> None:
+def demo(cfg: UseConfig) -> dict:
     """Pre-train a small model on built-in images; fine-tune it and a from-scratch twin."""
-    began, output = time.monotonic(), Path(cfg.output or "output/demo")
-    both = {"model": "swin_demo", "seed": cfg.seed, "device": cfg.device, "num_workers": 1,
+    began, output = time.monotonic(), Path(cfg.output or f"output/{SCRIPT}/demo")
+    both = {"model": "demo", "seed": cfg.seed, "device": cfg.device, "num_workers": 1,
             "resume": "none", "crop_min": 0.6, "lr": 2e-3, "log_every": 1000}  # fmt: skip
-    config = model_config("swin_demo")
+    process = setup_process(cfg.device, "auto")
     torch.manual_seed(cfg.seed)
     # The twin starts where pre-training starts, so that only pre-training tells them apart.
-    start = {"model": export_state(GreenMIM(config).encoder, "official")}
-    process = setup_process(cfg.device, "auto")
+    start = {"model": export_state(GreenMIM(MODELS["demo"]).encoder, "official")}
     if process.rank == 0:
-        save_state(start, output / "start.pth")
+        save_file(output / "start.pth", partial(torch.save, start))
     pretrain(PretrainConfig(
         **both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
         batch_size=64, epochs=6, warmup_epochs=1,
@@ -1648,8 +1824,10 @@ def demo(cfg: UseConfig) -> None:
             layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="", drop_path=0, test_freq=7,
         ))  # fmt: skip
         result[f"{name}_acc1"] = round(tested["test_acc1"], 1)
-    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-5.png")}
-    process.say(json.dumps(result | {"seconds": round(time.monotonic() - began, 1)}))
+    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-5.png"),
+               "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+    process.say(json.dumps(result))
+    return result
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────
@@ -1665,6 +1843,71 @@ COMMANDS = {
 }
 
 
+def fit(hint: object, value: object) -> object:
+    """`value`, text of a flag or a Python value, as a field of type `hint` holds it.
+
+    ValueError ends a sentence that begins with the flag: "... does not lie between 0 and 1".
+    """
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in options and value in (None, "none"):
+            return None
+        pair = value.split("x") if isinstance(value, str) else value
+        if tuple[int, int] in options and isinstance(pair, tuple | list) and len(pair) == 2:
+            sides = tuple(fit(options[0], side) for side in pair)
+            return sides if sides[0] != sides[1] else sides[0]
+        return fit(options[0], value)
+    if origin is tuple:
+        return tuple(fit(options[0], item) for item in value)
+    if origin is Annotated:
+        kind, (low, high) = options
+        try:
+            number = kind(value)
+            exact = isinstance(value, str) or number == value
+        except (TypeError, ValueError, OverflowError):
+            exact = False
+        if not exact:
+            raise ValueError(f"is no {'whole ' if kind is int else ''}number")
+        if not low <= number <= high:
+            raise ValueError(f"does not lie between {low} and {high}")
+        return number
+    if origin is Literal and value not in options:
+        raise ValueError(f"is none of {', '.join(options)}")
+    if origin is None and not isinstance(value, hint):
+        raise ValueError(f"is not of type {hint.__name__}")
+    return value
+
+
+def configure(command: str = "pretrain", **given: object) -> RunConfig | UseConfig:
+    """The config that the command line would make of these flags: the classes' values, then the
+    recipe's, then `given`, checked; InputError says what does not fit."""
+    if command not in COMMANDS:
+        raise InputError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
+    kind, _ = COMMANDS[command]
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for name, value in given.items():
+        if name not in hints:
+            near = ", ".join(difflib.get_close_matches(name, hints, 3, 0))
+            raise InputError(f"{command} has no --{name}; the closest are {near}")
+        try:
+            given[name] = fit(hints[name], value)
+        except ValueError as error:
+            raise InputError(f"--{name} {value} {error}") from None
+    model, recipe = given.get("model"), {}
+    if issubclass(kind, RunConfig):
+        asked = given.get("recipe", "published")
+        known = sorted({"published", *(key[1] for key in RECIPES if key[0] == command)})
+        if asked not in known:
+            raise InputError(f"--recipe {asked} is none of {', '.join(known)}")
+        if not model and given.get("weights"):
+            with blaming(given["weights"]):
+                model, _ = identify(read_checkpoint(given["weights"]))
+        recipe = RECIPES.get((command, asked), {})
+        model = known_model(model or recipe.get("model") or next(iter(MODELS)))
+        recipe = recipe | RECIPES.get((command, asked, model), {})
+    return kind(**(recipe | given | ({"model": known_model(model)} if model else {})))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence."""
 
@@ -1672,70 +1915,82 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def or_none(kind: type) -> Callable[[str], object]:
-    """Type of a flag whose value may also be the word none."""
-
-    def parse(text: str) -> object:
-        return None if text.lower() == "none" else kind(text)
-
-    parse.__name__ = kind.__name__  # for argparse's message
-    return parse
-
-
-def parse_config(argv: Sequence[str]) -> tuple[Callable, object]:
-    """The command's function and its config: class defaults, then the recipe, then the flags."""
+def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
+    """The command's function and its config; a field is a flag, its trailing comment the help."""
     command = argv[0] if argv and not argv[0].startswith("-") else "pretrain"
-    if command not in COMMANDS:
-        raise InputError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
-    config_class, function = COMMANDS[command]
+    config_class, function = COMMANDS.get(command) or configure(command)  # which knows the error
     parser = Parser(
-        prog=f"greenmim.py {command}", description=function.__doc__, allow_abbrev=False,
+        prog=f"{SCRIPT}.py {command}", description=function.__doc__, allow_abbrev=False,
         epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help",
     )  # fmt: skip
     hints, helps = typing.get_type_hints(config_class), {}
-    for base in reversed(config_class.__mro__[:-1]):  # help = the field's trailing comment
+    for base in reversed(config_class.__mro__[:-1]):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for field in fields(config_class):
-        kind, *optional = typing.get_args(hints[field.name]) or (hints[field.name],)  # T | None
+        hint, how = hints[field.name], {}
+        if typing.get_origin(hint) is Literal:
+            how = {"metavar": "{" + ",".join(typing.get_args(hint)) + "}"}
+        elif bool in (hint, *typing.get_args(hint)):
+            how = {"action": argparse.BooleanOptionalAction}
         names = dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")])
-        how = {"type": or_none(kind) if optional else kind}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
         text = f"{helps[field.name]} [{field.default}]".replace("%", "%%")
         parser.add_argument(*names, default=argparse.SUPPRESS, help=text, **how)
     flags = argv[1:] if argv[:1] == [command] else argv
     flags = ["--no-" + flag[5:] if flag.startswith("--no_") else flag for flag in flags]
-    given = vars(parser.parse_args(flags))
-    name = given.get("model", config_class.model)
-    given["model"] = name = OTHER_NAMES.get(name, name)
-    recipe = config_class(**RECIPES.get((command, name), {}))
-    for (low, high), names in LIMITS.items():
-        for key in [k for k in names.split() if given.get(k) is not None]:
-            if not low <= given[key] <= high or math.isinf(given[key]):
-                raise InputError(f"--{key} {given[key]} does not lie between {low} and {high}")
-    usual = asdict(recipe)
-    places = ("model", "data_path", "output_dir", "weights", "num_workers", "device", "resume")
-    usual |= {key: given[key] for key in places if key in given}
-    changed = [f"{k} {v!r} (recipe: {usual[k]!r})" for k, v in given.items() if v != usual[k]]
-    if command in ("pretrain", "finetune") and changed and os.environ.get("RANK", "0") == "0":
-        print(f"differs from the recipe: {', '.join(changed)}")
-    return function, replace(recipe, **given)
+    return function, configure(command, **vars(parser.parse_args(flags)))
+
+
+class Unbreakable:
+    """A standard stream that drops what it cannot write: its reader has gone, its disk is full."""
+
+    def __init__(self, stream: typing.TextIO | None) -> None:
+        # A stream that was closed before the start left its number to the next file: to this.
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except UnicodeEncodeError:  # an ASCII console
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # drops what is in its buffer, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 = done, 2 = one sentence on stderr says what is wrong with the input."""
-    try:
-        function, cfg = parse_config(sys.argv[1:] if argv is None else list(argv))
-        function(cfg)
-    except InputError as error:  # others may be waiting for this process: no common farewell
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stopped:  # by SIGTERM, with code 0; else with a sentence
-        if stopped.code:
-            raise
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    return 0
+    """Run a command: 0 = done, or stopped by SIGTERM and saved; else one sentence on stderr, and
+    2 = the input cannot work, 130 = stopped by Ctrl-C, 1 = anything else."""
+    out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            function, cfg = parse_config(sys.argv[1:] if argv is None else list(argv))
+            function(cfg)
+            if dist.is_initialized():  # on an error others may be waiting: no common farewell then
+                dist.barrier()
+                dist.destroy_process_group()
+            return 0
+        except SystemExit as stopped:  # --help, or SIGTERM
+            return int(stopped.code or 0)
+        except KeyboardInterrupt:
+            code, said = 130, "interrupted"
+        except (InputError, TrainingError, OSError) as error:
+            code, said = 1 if isinstance(error, TrainingError) else 2, str(error)
+        except Exception as error:
+            if sys.flags.dev_mode:
+                raise
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = [f for f in frames if "site-packages" not in f.filename][-1]
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+            code, said = 1, f"{reason} ({place}; python -X dev shows how it came to this)"
+            said = data.worker_death(error) or said
+        print(f"error: {said}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

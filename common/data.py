@@ -4,19 +4,21 @@ Use alone: `loader = TrainLoader(find_images("photos"), TrainCrop(224), batch_si
 `for images, labels in loader.batches(0, 1000): normalize(images.cuda())`; images travel as uint8
 (B, 3, H, W). `python -m common.data shrink SRC DST --short_side 160` copies a data set smaller.
 No random state is kept: an order is a function of (seed, epoch), a crop of (seed, epoch, index).
+Whoever may stop early wraps `batches` in `contextlib.closing`: that ends the worker processes.
 Sources: crops as in torchvision, evaluation as in timm, MAE and SimMIM; resizing is torch's.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,21 +26,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 Size, Box, Range = tuple[int, int], tuple[int, int, int, int], tuple[float, float]
 Transform = Callable[[Image.Image, np.random.Generator], np.ndarray]
+Batches = Generator[list[torch.Tensor], None, None]
 
 
 class InputError(Exception):
     """What the user gave cannot work; the message is one sentence to print before exit 2."""
 
 
+def _say(sentence: str) -> None:
+    """Write to stderr, beside a progress bar; a console that cannot show it ends no run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, lacks a letter, None
+        tqdm.write(sentence, file=sys.stderr)
+
+
 class ImageFiles:
-    """Image files, labels (int64 or None), class names; any source of this shape can be loaded."""
+    """Image files, labels (integers or None), class names; any source of this shape will do."""
 
     def __init__(self, paths: Iterable[str | Path], labels: Sequence[int] | None = None,
                  classes: Sequence[str] = ()) -> None:
@@ -62,12 +71,29 @@ class ImageFiles:
 
 
 def _images_under(root: str | Path) -> list[str]:
-    """Image files at any depth, links followed, in ImageFolder's order: folders, then names."""
-    found = []
-    for folder, children, names in os.walk(root, followlinks=True):
-        here = Path(folder).resolve()  # a link to a folder above would be followed for ever
-        children[:] = [c for c in children if (here / c).resolve() not in (here, *here.parents)]
-        found += [(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+    """Images at any depth, in ImageFolder's order: folders, then names. A folder is visited once,
+    by its own path rather than by a link; links to folders above are not followed."""
+    found, seen, folders, links = [], set(), [str(root)], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status, entries = os.stat(folder), sorted(os.scandir(folder), key=os.fspath)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read: {error.strerror or error}") from error
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            # A link to nothing counts as a file, so that it is named as unreadable.
+            is_link, target = entry.is_symlink(), Path(entry.path)
+            if (is_link and not os.path.exists(target)) or entry.is_file():
+                if entry.name.lower().endswith(SUFFIXES):
+                    found.append((folder, entry.name))
+            elif entry.is_dir() and not is_link:
+                folders.append(entry.path)
+            elif entry.is_dir():  # neither pipe nor device: opening one may wait for ever
+                above = (*Path(root).resolve().parents, *Path(folder).resolve().parents)
+                links += [entry.path] if target.resolve() not in above else []
     return [os.path.join(*parts) for parts in sorted(found)]
 
 
@@ -75,18 +101,22 @@ def find_images(data_path: str | Path) -> ImageFiles:
     """Unlabelled images: a tree of folders (only `train` if there is one), a single image, or a
     text file with a path a line, relative to its own folder."""
     path = Path(data_path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, no error if the name is too long
         paths = _images_under(path / "train" if (path / "train").is_dir() else path)
-    elif path.is_file() and path.name.lower().endswith(SUFFIXES):
+    elif os.path.isfile(path) and path.name.lower().endswith(SUFFIXES):
         paths = [path]
     else:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            if not os.path.isfile(path):
+                raise FileNotFoundError(path)
+            # Nothing but "\n" and "\r\n" ends a line: all else may be part of a name.
+            with open(path, encoding="utf-8-sig", newline="\n") as file:
+                lines = [line.removesuffix("\n").removesuffix("\r") for line in file]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is no folder, image or text file with paths") from error
-        listed = {n: path.parent / line.strip() for n, line in enumerate(lines, 1) if line.strip()}
+        listed = {n: path.parent / line for n, line in enumerate(lines, 1) if line.strip()}
         for number, image in listed.items():
-            if not image.is_file():
+            if not os.path.isfile(image):
                 raise InputError(f"{path}, line {number}: expected an image, {image} is no file")
         paths = list(listed.values())
     if not paths:
@@ -98,15 +128,18 @@ def find_labelled(data_path: str | Path, split: str) -> ImageFiles:
     """Images of data_path/split/<class>/..., labelled by the sorted names of the class folders."""
     root = Path(data_path) / split
     wanted = f"expected {root}/<class>/ folders of images"
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"{root} does not exist: {wanted}")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    found = [_images_under(root / name) for name in classes]
-    if not classes or [] in found:
-        empty = root / classes[found.index([])] if classes else root
-        raise InputError(f"{empty} holds no {'images' if classes else 'classes'}: {wanted}")
-    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
-    return ImageFiles([path for paths in found for path in paths], labels, classes)
+    found = {entry.name: [] for entry in sorted(root.iterdir()) if entry.is_dir()}
+    for path in _images_under(root):
+        name, _, inside = path[len(f"{root}/") :].partition("/")
+        if inside:
+            found[name].append(path)
+    empty = [f"{root / name} holds no images of its own" for name in found if not found[name]]
+    if empty or not found:
+        raise InputError(f"{[*empty, f'{root} holds no classes'][0]}: {wanted}")
+    labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
+    return ImageFiles([path for paths in found.values() for path in paths], labels, [*found])
 
 
 def _box(u: np.ndarray, v: np.ndarray, half_u: float, half_v: float) -> np.ndarray:
@@ -147,9 +180,15 @@ class DrawnImages(ImageFiles):
     Place, size, rotation, colours and textures are drawn alike for all: only outlines differ."""
 
     def __init__(self, split: str, length: int, size: int = 64) -> None:
-        names, self.size = [f"{split}/{index}" for index in range(length)], size
+        self.split, self.size, self.classes = split, size, list(SHAPES)
+        self.labels = np.resize(np.arange(len(SHAPES), dtype=np.int8), length)
         self.drawn: dict[int, Image.Image] = {}
-        super().__init__(names, np.arange(length) % len(SHAPES), list(SHAPES))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.split}/{index}"
 
     def open(self, index: int) -> Image.Image:
         if index not in self.drawn:
@@ -176,6 +215,28 @@ class DrawnImages(ImageFiles):
         distance = SHAPES[self.classes[self.labels[index]]](u, v) * radius * self.size / 2
         image = image + (0.5 - distance).clip(0, 1)[..., None] * (foreground - image)
         return Image.fromarray(np.rint(image.clip(0, 1) * 255).astype(np.uint8))
+
+
+def open_source(data_path: str, split: str = "") -> ImageFiles:
+    """Images of a path, labelled ones of a split; "drawn:N" stands for N built-in images."""
+    if not data_path:
+        raise InputError("give --data_path")
+    if data_path.startswith("drawn:"):
+        number = data_path.removeprefix("drawn:")
+        # The length first: int() refuses thousands of digits with an error of its own.
+        if not (number.isdecimal() and len(number) <= 8 and 1 <= int(number) <= 10_000_000):
+            raise InputError(f"{data_path}: expected drawn:N with N from 1 to 10000000")
+        return DrawnImages(split or "train", int(number))
+    return find_labelled(data_path, split) if split else find_images(data_path)
+
+
+def check_classes(trained: Sequence[str], tested: Sequence[str], outputs: int) -> None:
+    """InputError unless labels of both mean the same and the model has enough outputs."""
+    if len(trained) > outputs:
+        raise InputError(f"the data has {len(trained)} classes, more than the {outputs} outputs")
+    if list(trained) != list(tested):
+        odd = sorted(set(trained) ^ set(tested))[:3] or ["their order"]
+        raise InputError(f"the classes differ from those of training: {', '.join(odd)}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -237,9 +298,12 @@ def eval_resize(size: int, rule: str) -> int:
     return {**sides, "mae": sides["timm"] if size <= 224 else size}[rule]
 
 
-def resized_shape(h: int, w: int, short: int) -> Size:
-    """(h, w) with the short side at `short`; the long side is truncated."""
-    return (int(short * h / w), short) if w <= h else (short, int(short * w / h))
+def resized_shape(h: int, w: int, short: int | Size) -> Size:
+    """(h, w) with the short side at `short`, or just covering (height, width); the other side is
+    truncated."""
+    height, width = (short, short) if isinstance(short, int) else short
+    covered = w * height <= h * width  # by the image at this width
+    return (int(width * h / w), width) if covered else (height, int(height * w / h))
 
 
 @dataclass(frozen=True)
@@ -273,16 +337,21 @@ class TrainCrop:
 
 @dataclass(frozen=True)
 class EvalCrop:
-    """Resize the short side by `rule`, then centre crop: PIL image -> uint8 (size, size, 3)."""
-    size: int
+    """Resize by `rule` (the short side, or to cover (height, width)), then centre crop: PIL image
+    -> uint8 (size, size, 3) or (height, width, 3)."""
+    size: int | Size
     rule: str = "simmim"
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
         pixels = np.asarray(to_rgb(image))
-        shape = resized_shape(*pixels.shape[:2], eval_resize(self.size, self.rule))
-        if self.rule == "simmim" and self.size <= 32:  # SimMIM does not crop small images
-            shape = (self.size, self.size)
-        return center_crop(resize(pixels, shape), (self.size, self.size))
+        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        if self.rule == "simmim" and max(size) <= 32:  # SimMIM does not crop small images
+            return resize(pixels, size)
+        # A strip of 65000 x 1 pixels would become gigabytes: first drop most of what is cropped.
+        (h, w), most = pixels.shape[:2], 1 + 16 * max(size) // min(size)
+        pixels = center_crop(pixels, (min(h, most * w), min(w, most * h)))
+        height, width = (eval_resize(side, self.rule) for side in size)
+        return center_crop(resize(pixels, resized_shape(*pixels.shape[:2], (height, width))), size)
 
 
 def normalize(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -301,9 +370,55 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, length]).permutation(length)
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """A signal to the whole process group is for the main process, which stops its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def worker_count(asked: int | None) -> int:
+    """Loader processes: as asked, else by the cores for each process of this node, at most 8."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, (os.cpu_count() or 1) // here) if asked is None else asked
+
+
+def worker_death(error: BaseException) -> InputError | None:
+    """What to say if `error` is torch's for a worker that is gone. Handlers of signals raise it,
+    wherever the main thread happens to be: in a model as well as in a loader."""
+    gone = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # sending
+    if gone or str(error).startswith("DataLoader worker (pid"):
+        return InputError("a process that loads images was killed (out of memory?); "
+                          "--num_workers 0 loads in the main process")
+    return None
+
+
+def _prepare_worker(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach all processes: the main one decides what they mean.
+    Whoever sends a second SIGTERM means the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _work(data: Sequence, keys: Iterable, workers: int | None, **options: object) -> Generator:
+    """data[key] of each key; the workers end with this generator, or else with the process."""
+    # A generator of its own, because DataLoader would draw from the global one.
+    options |= {"sampler": keys, "batch_size": None, "generator": torch.Generator()}
+    options |= {"num_workers": worker_count(workers), "worker_init_fn": _prepare_worker}
+    try:
+        with contextlib.ExitStack() as ending:
+            # At exit multiprocessing sends one SIGTERM, which workers outlive, and waits for them.
+            atexit.register(ending.close)
+            ending.callback(atexit.unregister, ending.close)
+            # Workers inherit the mask: no signal comes before they are prepared.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            try:
+                batches = iter(DataLoader(data, **options))
+                for worker in getattr(batches, "_workers", ()):
+                    ending.callback(worker.kill)  # at last, if it hangs in a system call
+                # Dropping the iterator does this too, but a traceback may hold it for long.
+                ending.callback(getattr(batches, "_shutdown_workers", lambda: None))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        reason = str(error).strip().rpartition("\n")[2]  # the end of a worker's traceback
+        told = f"loading images failed ({reason}); --num_workers 0 loads in the main process"
+        raise worker_death(error) or InputError(told) from error
 
 
 @dataclass
@@ -336,18 +451,21 @@ class _Batches:
                     bad[index] = f"{type(error).__name__}: {error}"
         labels = [0 if self.source.labels is None else self.source.labels[i] for i in indices]
         columns = ((pixels, np.uint8), (labels, np.int64), (indices, np.int64))
-        return [*(torch.from_numpy(np.array(values, kind)) for values, kind in columns), bad]
+        batch = [torch.from_numpy(np.array(values, kind)) for values, kind in columns]
+        if get_worker_info() and indices:
+            # Else torch does it in a thread, and if memory lacks, nobody hears of it: a hang.
+            batch = [column.share_memory_() for column in batch]
+        return [*batch, bad]
 
-    def load(self, keys: Iterable, bad: dict[int, str], workers: int, pin: bool) -> Iterator[list]:
-        """Images, labels and indices of each key; bad images are named once and put in `bad`."""
-        # A generator of its own, because DataLoader would draw from the global one.
-        options = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
-        options["worker_init_fn"] = _outlive_sigterm
-        for *batch, found in DataLoader(self, batch_size=None, sampler=keys, **options):
-            for i in [i for i in found if i not in bad]:
-                bad[i] = f"{self.source.name(i)} ({found[i]})"
-                tqdm.write(f"unreadable image skipped: {bad[i]}", file=sys.stderr)
-            yield batch
+    def load(self, keys: Iterable, bad: dict[int, str], workers: int | None, pin: bool) -> Batches:
+        """Images, labels, indices, number of bad images of each key; adds the bad ones to `bad`,
+        naming each once."""
+        with contextlib.closing(_work(self, keys, workers, pin_memory=pin)) as loaded:
+            for *batch, found in loaded:
+                for i in [i for i in found if i not in bad]:
+                    bad[i] = f"{self.source.name(i)} ({found[i]})"
+                    _say(f"unreadable image skipped: {bad[i]}")
+                yield [*batch, len(found)]
 
 
 @dataclass
@@ -362,15 +480,21 @@ class TrainLoader:
     rank: int = 0
     world_size: int = 1
     accum_iter: int = 1
-    num_workers: int = 0
+    num_workers: int | None = 0  # None = worker_count(None)
     pin_memory: bool = False
 
     def __post_init__(self) -> None:
-        self.unreadable, batch = 0, self.batch_size * self.world_size * self.accum_iter
-        self._steps = len(self.source) // batch
+        self.unreadable = 0  # bad images met in the micro-batches that `batches` gave so far
+        length, shares = len(self.source), self.world_size * self.accum_iter
+        self._steps, fits = length // (self.batch_size * shares), length // shares
         if not self._steps:
-            raise InputError(f"{len(self.source)} images do not fill one global batch of {batch}: "
-                             "lower the batch size")
+            advice = "not even --batch_size 1 fits, lower --accum_iter or start fewer processes"
+            if fits:
+                advice = f"--batch_size {fits} or less fits, and --recipe small is for few images"
+            raise InputError(
+                f"{length} images do not fill one global batch of {self.batch_size * shares} "
+                f"(--batch_size {self.batch_size} x --accum_iter {self.accum_iter} x "
+                f"{self.world_size} processes): {advice}")
 
     def __len__(self) -> int:
         return self._steps
@@ -380,31 +504,45 @@ class TrainLoader:
         first = (number * self.world_size + self.rank) * self.batch_size
         return epoch, range(first, first + self.batch_size)
 
-    def batches(self, start_step: int, total_steps: int) -> Iterator[list[torch.Tensor]]:
+    def batches(self, start_step: int, total_steps: int) -> Batches:
         """Images uint8 (B, 3, S, S), labels (B,): `accum_iter` pairs for each optimizer update."""
         # More than 1% of bad images is the user's to mend; five must pass for small folders' sake.
         bad, limit = {}, max(5, len(self.source) // 100 // self.world_size)
-        data = _Batches(self.source, self.transform, self.seed, limit + 1)
+        data, self.unreadable = _Batches(self.source, self.transform, self.seed, limit + 1), 0
         keys = map(self._key, range(start_step * self.accum_iter, total_steps * self.accum_iter))
-        for images, labels, _ in data.load(keys, bad, self.num_workers, self.pin_memory):
-            self.unreadable = len(bad)
-            if len(bad) > limit or len(images) < self.batch_size:
-                names = ", ".join(self.source.name(index) for index in list(bad)[:10])
-                raise InputError(f"more than 1% of the images cannot be read: {names}")
-            yield images, labels
+        load = data.load(keys, bad, self.num_workers, self.pin_memory)
+        with contextlib.closing(load) as loaded:
+            for images, labels, _, found in loaded:
+                if len(bad) > limit or len(images) < self.batch_size:
+                    names = ", ".join(self.source.name(index) for index in list(bad)[:10])
+                    raise InputError(f"more than 1% of the images cannot be read: {names}")
+                # Not len(bad): a resumed run must count what the run never stopped counts.
+                self.unreadable += found
+                yield images, labels
 
 
 def eval_batches(source: ImageFiles, transform: Transform, *, batch_size: int, rank: int = 0,
-                 world_size: int = 1, num_workers: int = 0, pin_memory: bool = False) -> Iterator:
-    """Images, labels and indices, each image once; those that cannot be read are left out."""
-    mine = range(rank, len(source), world_size)
+                 world_size: int = 1, num_workers: int | None = 0, pin_memory: bool = False,
+                 ) -> Batches:
+    """Images, labels and indices, each image once; those that cannot be read are left out, but
+    InputError if that is all. Reads nothing before the first batch is asked for."""
+    mine, bad = range(rank, len(source), world_size), {}
     keys = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
-    loaded = _Batches(source, transform).load(keys, {}, num_workers, pin_memory)
-    return (batch for batch in loaded if len(batch[0]))
+    loaded = _Batches(source, transform).load(keys, bad, num_workers, pin_memory)
+    with contextlib.closing(loaded):
+        for *batch, _ in loaded:
+            if len(batch[0]):
+                yield batch
+    if mine and len(bad) == len(mine):
+        first = next(iter(bad.values()))
+        raise InputError(f"none of the {len(mine)} images can be read, the first: {first}")
 
 
-def _shrink(source: str, target: str, short_side: int, quality: int) -> str | None:
-    """Write one smaller copy; the reason if `source` cannot be read."""
+def _shrink(source: str, target: str, short_side: int, quality: int, name: str) -> str:
+    """Write one smaller copy, unless it is there; the reason if the image cannot be read."""
+    source, target = os.path.join(source, name), os.path.join(target, name)
+    if os.path.exists(target):
+        return ""
     try:
         with ImageFiles([source]).open(0) as image:
             kind, rgb = image.format, to_rgb(image)
@@ -419,6 +557,7 @@ def _shrink(source: str, target: str, short_side: int, quality: int) -> str | No
         pixels = resize(np.asarray(rgb), resized_shape(rgb.height, rgb.width, short_side))
         Image.fromarray(pixels).save(f"{target}.tmp", kind, **options)
     os.replace(f"{target}.tmp", target)  # a killed run leaves no half-written image
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -431,16 +570,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=90, help="of JPEG and WebP")
     parser.add_argument("--num_workers", "--num-workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
-    names = [os.path.relpath(path, args.source) for path in _images_under(args.source)]
-    if not names or f"{args.target}/".startswith(f"{args.source}/"):
-        print(f"expected {args.source} to hold images, {args.target} outside", file=sys.stderr)
+    work = partial(_shrink, args.source, args.target, max(1, args.short_side), args.quality)
+    bad, hidden = 0, sys.stderr is None or not sys.stderr.isatty()
+    try:
+        names = [os.path.relpath(path, args.source) for path in _images_under(args.source)]
+        if not names or f"{args.target}/".startswith(f"{args.source}/"):
+            raise InputError(f"expected {args.source} to hold images, {args.target} outside")
+        done = _work(names, range(len(names)), max(0, args.num_workers), collate_fn=work)
+        with contextlib.closing(done):
+            for reason in filter(None, tqdm(done, total=len(names), disable=hidden)):
+                bad += 1
+                _say(reason)
+    except KeyboardInterrupt:
+        _say("stopped: the same command goes on from here")
+        return 130
+    except InputError as error:
+        _say(f"error: {error}")
         return 2
-    todo = [name for name in names if not os.path.exists(os.path.join(args.target, name))]
-    paths = [[os.path.join(folder, name) for name in todo] for folder in (args.source, args.target)]
-    work = partial(_shrink, short_side=args.short_side, quality=args.quality)
-    with ProcessPoolExecutor(args.num_workers or 1, None, torch.set_num_threads, (1,)) as pool:
-        bad = [bad for bad in tqdm(pool.map(work, *paths, chunksize=16), total=len(todo)) if bad]
-    print(*bad, f"{len(names) - len(bad)} images in {args.target}, {len(bad)} unreadable", sep="\n")
+    _say(f"{len(names) - bad} images in {args.target}, {bad} unreadable")
     return 0
 
 

@@ -12,7 +12,7 @@ Everything here is NumPy on the host and knows nothing of the model:
     ids = window_ids(rows, columns, window=7, shift=3)          # (N,) window of each token
     plan = plan_groups(rows, columns, ids, window=7, sizing=cheapest_groups)
     q, k, v  ->  x[:, plan.slots]                               # (B, G * S, C)
-    logits + table[plan.index] + plan.bias                      # (G, h, S, S)
+    logits + table[plan.index] + plan.apart                     # (G, h, S, S)
     attended[:, plan.places]                                    # (B, N, C) back in token order
 """
 
@@ -34,7 +34,7 @@ class GroupPlan:
     slots: np.ndarray | None  # (G * S,) int64: the token in each slot; padding repeats token 0
     places: np.ndarray | None  # (N,) int64: the slot of each token; None: tokens need not move
     index: np.ndarray  # (G, S, S) int64: row of the relative position table; 0 where masked
-    bias: np.ndarray  # (G, 1, S, S) float32: 0 inside a window, -inf between windows
+    apart: np.ndarray  # (G, 1, S, S) float32: 0 inside a window, -inf between windows
 
 
 def pack(counts: Sequence[int], capacity: int) -> list[list[int]]:
@@ -108,15 +108,19 @@ def cheapest_groups(
     return search_groups(counts, cost)[1]
 
 
-def window_ids(rows: np.ndarray, columns: np.ndarray, window: int, shift: int) -> np.ndarray:
+def window_ids(
+    rows: np.ndarray, columns: np.ndarray, window: int, shift: int | tuple[int, int]
+) -> np.ndarray:
     """(N,) id of the window of each token. A shift cuts border windows, as Swin's region mask does.
 
-    The shifted grid starts at -(window - shift), which is what rolling the map by -shift and
-    forbidding attention between wrapped pieces amounts to.
+    `shift` is one number, or one for rows and one for columns. The shifted grid starts at
+    -(window - shift), which is what rolling the map by -shift and forbidding attention between
+    wrapped pieces amounts to.
     """
-    offset = (window - shift) % window
+    shifts = shift if isinstance(shift, tuple) else (shift, shift)
+    down, along = ((window - s) % window for s in shifts)
     across = int(columns.max()) // window + 2
-    return (rows + offset) // window * across + (columns + offset) // window
+    return (rows + down) // window * across + (columns + along) // window
 
 
 def plan_groups(
@@ -124,7 +128,8 @@ def plan_groups(
 ) -> GroupPlan:
     """Lay out tokens at (rows, columns) with window `ids`, all (N,), in groups chosen by `sizing`.
 
-    A group is as large as its fullest member, so `sizing` may ask for any capacity.
+    `window` is the side that the bias table is made for; where all windows are smaller, `index`
+    stays in its middle. A group is as large as its fullest member, so `sizing` may ask for any capacity.
     """
     order = np.argsort(ids, kind="stable")  # tokens of one window side by side
     _, starts, counts = np.unique(ids[order], return_index=True, return_counts=True)
@@ -150,8 +155,8 @@ def plan_groups(
     allowed = owner[:, :, None] == owner[:, None, :]
     dr, dc = r[:, :, None] - r[:, None, :], c[:, :, None] - c[:, None, :]
     index = np.where(allowed, (dr + window - 1) * (2 * window - 1) + dc + window - 1, 0)
-    bias = np.where(allowed, np.float32(0), np.float32(-np.inf))[:, None]
+    apart = np.where(allowed, np.float32(0), np.float32(-np.inf))[:, None]
     slots = slots.reshape(-1)
     if np.array_equal(slots, np.arange(len(ids))):
         slots = places = None
-    return GroupPlan(slots, places, index, bias)
+    return GroupPlan(slots, places, index, apart)

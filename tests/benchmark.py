@@ -5,7 +5,7 @@ of its speed. The tables are Markdown.
 
     python -m tests.benchmark                                  everything, Swin-B
     python -m tests.benchmark greenmim --dtype fp32 --profile
-    python -m tests.benchmark dense grouping loader --steps 20
+    python -m tests.benchmark dense grouping loader --steps 20 --json tables.json
 
 Topics: a method's name times its training step beside its baselines'; `dense` two ways to cut
 windows where nothing is masked; `grouping` the rules that pack windows; `loader` one core's images
@@ -62,8 +62,12 @@ class Workload:
     slowness: int = 1  # the number of steps is divided by this
 
 
+TABLES: list[dict] = []  # all that were printed, for --json
+
+
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print an aligned Markdown table; floats get three digits."""
+    """Print an aligned Markdown table, floats with three digits, and keep it for --json."""
+    TABLES.append({"title": title, "header": list(header), "rows": [list(row) for row in rows]})
 
     def form(value: object) -> str:
         if not isinstance(value, float):
@@ -117,11 +121,12 @@ def run_step(
     marks.append(clock(device))
     loss.backward()
     marks.append(clock(device))
-    if not greenmim.apply_gradients(optimizer, scaler, None):
+    norm, *_ = greenmim.tell_all(process, optimizer, scaler, [loss.detach()], [])
+    if not greenmim.apply_gradients(optimizer, scaler, norm, None):
         raise RuntimeError(f"{work.label}: a gradient is not finite, so no step was taken")
     marks.append(clock(device))
     split = dict(zip(parts, np.diff(marks).tolist(), strict=True))
-    # Training plans on a thread: beside a GPU that is free, on a CPU it takes a core's time.
+    # Training plans while a GPU is busy with the forward pass; on a CPU it takes a core's time.
     step = marks[-1] - marks[1 if device.type == "cuda" else 0]
     return split | {"step": step, "memory": greenmim.memory_gb(device)}
 
@@ -191,13 +196,18 @@ class DenseMIM(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = greenmim.SwinEncoder(config)
-        self.decoder = nn.Linear(self.encoder.num_features, config.mask_unit**2 * 3)
+        self.decoder = nn.Linear(self.encoder.channels[-1], config.mask_unit**2 * 3)
 
     def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
         """(B, 3, H, W), (U - V,) -> loss"""
         prediction = self.decoder(self.encoder(images)).float()
         target = greenmim.patchify(images, self.config.mask_unit)
         return F.l1_loss(prediction.index_select(1, hidden), target.index_select(1, hidden))
+
+
+def model_named(name: str, **changes: int) -> greenmim.ModelConfig:
+    """The architecture of --model, in another size or with another window."""
+    return greenmim.model_config(greenmim.MODELS[greenmim.known_model(name)], **changes)
 
 
 def draw_mask(config: greenmim.ModelConfig, number: int) -> np.ndarray:
@@ -207,7 +217,7 @@ def draw_mask(config: greenmim.ModelConfig, number: int) -> np.ndarray:
 
 
 def greenmim_work(args: argparse.Namespace, device: torch.device) -> Workload:
-    config = greenmim.model_config(args.model)
+    config = model_named(args.model)
     model = greenmim.GreenMIM(config).to(device)
     return Workload(
         f"GreenMIM, {config.input_size} px", model, config.input_size,
@@ -217,11 +227,11 @@ def greenmim_work(args: argparse.Namespace, device: torch.device) -> Workload:
 
 
 def dense_work(args: argparse.Namespace, device: torch.device, small: bool) -> Workload:
-    config = greenmim.model_config(args.model)
+    config = model_named(args.model)
     if small:  # 192 px and window 6 beside 224 and 7, as SimMIM pre-trains
         size = config.input_size - config.mask_unit
         window = round(config.window_size * size / config.input_size)
-        config = greenmim.model_config(args.model, input_size=size, window_size=window)
+        config = model_named(args.model, input_size=size, window_size=window)
     model = DenseMIM(config).to(device)
     return Workload(
         f"all tokens, {config.input_size} px", model, config.input_size,
@@ -303,8 +313,8 @@ def dense_stage(
     config: greenmim.ModelConfig, stage: int, process: greenmim.Process, args: argparse.Namespace
 ) -> np.ndarray:
     """Seconds of a block, forward and backward, grouped and rolled; mean of plain and shifted."""
-    window, shift = config.window(stage)
-    side, device = config.units * config.unit_tokens(stage), process.device
+    window, side, device = config.window(stage), config.side(stage), process.device
+    shift = window // 2 if side > window else 0
     if side % window:
         raise data.InputError(f"dense: a map of {side} tokens is not cut evenly by {window}")
     plan = greenmim.plan_mask(config, np.zeros(config.units**2, bool))
@@ -334,12 +344,12 @@ def dense_stage(
 
 def dense_topic(args: argparse.Namespace) -> None:
     """Is one way to cut windows enough: the grouped gather where nothing is masked?"""
-    config, rows = greenmim.model_config(args.model), []
+    config, rows = model_named(args.model), []
     for dtype in args.dtype:
         process, total = greenmim.setup_process(args.device, dtype), np.zeros(2)
         for stage, depth in enumerate(config.depths):
             times = 1e3 * dense_stage(config, stage, process, args)
-            rows.append([f"{stage + 1}", dtype, depth, *times, f"{times[0] / times[1]:.2f}"])
+            rows.append([f"{stage}", dtype, depth, *times, f"{times[0] / times[1]:.2f}"])
             total += depth * times
         depth = sum(config.depths)
         rows.append(["sum over blocks", dtype, depth, *total, f"{total[0] / total[1]:.2f}"])
@@ -378,7 +388,8 @@ def stage_costs(
     config: greenmim.ModelConfig, stage: int, args: argparse.Namespace
 ) -> dict[tuple[int, str], np.ndarray]:
     """(shift, rule) -> (masks, columns): slots, groups, padding, n g^2, ms to plan, to attend."""
-    (window, shift), k = config.window(stage), config.unit_tokens(stage)
+    window, k = config.window(stage), config.unit_tokens(stage)
+    shift = window // 2 if config.side(stage) > window else 0
     dim, costs = config.embed_dim * 2**stage, defaultdict(list)
     processes = [greenmim.setup_process(args.device, dtype) for dtype in args.dtype]
     device = processes[0].device
@@ -393,7 +404,7 @@ def stage_costs(
                 started = time.perf_counter()
                 plan = grouping.plan_groups(rows, columns, ids, window, rule)
                 planning = 1e3 * (time.perf_counter() - started)
-                groups, _, size, _ = plan.bias.shape
+                groups, _, size, _ = plan.apart.shape
                 shape = [size, groups, groups * size - len(rows), groups * size**2]
                 plan = greenmim.to_device(plan, device)
                 attending = [attention_ms(attn, x, plan, process) for process in processes]
@@ -404,9 +415,9 @@ def stage_costs(
 def grouping_topic(args: argparse.Namespace) -> None:
     """What each rule of packing windows costs, counted (means) and timed (medians)."""
     timed = ["planning ms", *(f"attention ms, {dtype}" for dtype in args.dtype)]
-    usual = greenmim.model_config(args.model).window_size
+    usual = model_named(args.model).window_size
     for window in (usual, 2 * usual):
-        config, rows = greenmim.model_config(args.model, window_size=window), []
+        config, rows = model_named(args.model, window_size=window), []
         totals = defaultdict(float)
         for stage, depth in enumerate(config.depths):
             costs = stage_costs(config, stage, args)
@@ -415,7 +426,7 @@ def grouping_topic(args: argparse.Namespace) -> None:
                 size, groups, padding, cost = found[:, :4].mean(0)
                 times = np.median(found[:, 4:], axis=0)
                 slots = f"{size:.1f} ({found[:, 0].min():.0f}-{found[:, 0].max():.0f})"
-                place = f"{stage + 1}, shift {s}"
+                place = f"{stage}, shift {s}"
                 rows.append([place, name, slots, groups, padding, f"{cost:.0f}", *times])
                 # Blocks alternate between the shifts; they all share the plan made once.
                 blocks = len(range(shifts.index(s), depth, len(shifts)))
@@ -528,6 +539,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda [%(default)s]")
     parser.add_argument("--threads", type=int, help="of torch [its own choice]")
     parser.add_argument("--profile", action="store_true", help="list the longest operators")
+    parser.add_argument("--json", type=Path, help="file for what the tables show [none]")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if unknown := set(args.topics) - set(TOPICS):
@@ -544,13 +556,16 @@ def main(argv: Sequence[str]) -> int:
         return 0
     print(machine())
     try:
-        greenmim.model_config(args.model)
+        model_named(args.model)
         # In this order, methods first: Linux counts a parent's memory in the peak of its children.
         for topic, function in TOPICS.items():
             if topic in (args.topics or TOPICS):
                 function(args)
     except data.InputError as error:
         parser.error(str(error))
+    if args.json:
+        shown = {"machine": machine(), "tables": TABLES}
+        args.json.write_text(json.dumps(shown, indent=1, default=float))
     return 0
 
 

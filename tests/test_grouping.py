@@ -262,13 +262,13 @@ def test_plan_keeps_every_token_in_its_window(
     rows, columns = visible_tokens(side, units, ratio, np.random.default_rng(3).random(units**2))
     ids = grouping.window_ids(rows, columns, window, shift)
     plan = grouping.plan_groups(rows, columns, ids, window, sizing)
-    groups, heads, size, keys = plan.bias.shape
+    groups, heads, size, keys = plan.apart.shape
     tokens = np.arange(len(rows))
     assert (heads, keys) == (1, size) and plan.index.shape == (groups, size, size)
     assert (plan.slots is None) == (plan.places is None)
     slots, places = (tokens, tokens) if plan.slots is None else (plan.slots, plan.places)
     assert slots.shape == (groups * size,) and np.isin(slots, tokens).all()
-    assert plan.bias.dtype == np.float32
+    assert plan.apart.dtype == np.float32
     assert slots.dtype == places.dtype == plan.index.dtype == np.int64
 
     # Every token has one slot of its own, where it stands.
@@ -278,8 +278,8 @@ def test_plan_keeps_every_token_in_its_window(
     assert real.sum(1).max() == size
 
     # It sees its whole window and nothing else; padding sees something finite.
-    assert set(np.unique(plan.bias)) <= {0.0, -np.inf}
-    allowed = plan.bias[:, 0] == 0
+    assert set(np.unique(plan.apart)) <= {0.0, -np.inf}
+    allowed = plan.apart[:, 0] == 0
     owner = np.where(real, ids[slots].reshape(groups, size), -1)
     both = real[:, :, None] & real[:, None, :]
     np.testing.assert_array_equal(allowed & both, (owner[:, :, None] == owner[:, None]) & both)
@@ -301,7 +301,7 @@ def test_tokens_that_stand_in_order_are_not_moved() -> None:
     rows, columns = np.divmod(np.arange(16), 4)
     ids = grouping.window_ids(rows, columns, 4, 0)
     plan = grouping.plan_groups(rows, columns, ids, 4, grouping.cheapest_groups)
-    assert plan.slots is None and plan.places is None and not plan.bias.any()
+    assert plan.slots is None and plan.places is None and not plan.apart.any()
     ids = grouping.window_ids(rows, columns, 2, 0)
     plan = grouping.plan_groups(rows, columns, ids, 2, grouping.cheapest_groups)
     np.testing.assert_array_equal(plan.slots[:8], [0, 1, 4, 5, 2, 3, 6, 7])
