@@ -84,14 +84,15 @@ def _images_under(root: str | Path) -> list[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
-            # A link to nothing counts as a file, so that it is named as unreadable.
+            # A link to nothing counts as a file, so that it is named as unreadable; a pipe or a
+            # device does not, since opening one may wait for ever.
             is_link, target = entry.is_symlink(), Path(entry.path)
             if (is_link and not os.path.exists(target)) or entry.is_file():
                 if entry.name.lower().endswith(SUFFIXES):
                     found.append((folder, entry.name))
             elif entry.is_dir() and not is_link:
                 folders.append(entry.path)
-            elif entry.is_dir():  # neither pipe nor device: opening one may wait for ever
+            elif entry.is_dir():
                 above = (*Path(root).resolve().parents, *Path(folder).resolve().parents)
                 links += [entry.path] if target.resolve() not in above else []
     return [os.path.join(*parts) for parts in sorted(found)]
@@ -130,14 +131,17 @@ def find_labelled(data_path: str | Path, split: str) -> ImageFiles:
     wanted = f"expected {root}/<class>/ folders of images"
     if not os.path.isdir(root):
         raise InputError(f"{root} does not exist: {wanted}")
-    found = {entry.name: [] for entry in sorted(root.iterdir()) if entry.is_dir()}
-    for path in _images_under(root):
+    paths = _images_under(root)
+    found = {entry.name: [] for entry in sorted(root.iterdir()) if os.path.isdir(entry)}
+    for path in paths:
         name, _, inside = path[len(f"{root}/") :].partition("/")
         if inside:
             found[name].append(path)
-    empty = [f"{root / name} holds no images of its own" for name in found if not found[name]]
-    if empty or not found:
-        raise InputError(f"{[*empty, f'{root} holds no classes'][0]}: {wanted}")
+    if not found:
+        raise InputError(f"{root} holds no classes: {wanted}")
+    for name in found:
+        if not found[name]:
+            raise InputError(f"{root / name} holds no images of its own: {wanted}")
     labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
     return ImageFiles([path for paths in found.values() for path in paths], labels, [*found])
 
@@ -376,14 +380,14 @@ def worker_count(asked: int | None) -> int:
     return min(8, (os.cpu_count() or 1) // here) if asked is None else asked
 
 
+INSTEAD = "--num_workers 0 loads in the main process"
+KILLED = f"a process that loads images was killed (out of memory?); {INSTEAD}"
+
+
 def worker_death(error: BaseException) -> InputError | None:
-    """What to say if `error` is torch's for a worker that is gone. Handlers of signals raise it,
+    """What to say if `error` is torch's for a worker that is gone. A handler of signals raises it
     wherever the main thread happens to be: in a model as well as in a loader."""
-    gone = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)  # sending
-    if gone or str(error).startswith("DataLoader worker (pid"):
-        return InputError("a process that loads images was killed (out of memory?); "
-                          "--num_workers 0 loads in the main process")
-    return None
+    return InputError(KILLED) if str(error).startswith("DataLoader worker (pid") else None
 
 
 def _prepare_worker(worker: int) -> None:
@@ -394,11 +398,12 @@ def _prepare_worker(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _work(data: Sequence, keys: Iterable, workers: int | None, **options: object) -> Generator:
+def _work(data: Sequence, keys: Iterable, count: int | None, **options: object) -> Generator:
     """data[key] of each key; the workers end with this generator, or else with the process."""
     # A generator of its own, because DataLoader would draw from the global one.
     options |= {"sampler": keys, "batch_size": None, "generator": torch.Generator()}
-    options |= {"num_workers": worker_count(workers), "worker_init_fn": _prepare_worker}
+    options |= {"num_workers": worker_count(count), "worker_init_fn": _prepare_worker}
+    workers = []
     try:
         with contextlib.ExitStack() as ending:
             # At exit multiprocessing sends one SIGTERM, which workers outlive, and waits for them.
@@ -408,17 +413,21 @@ def _work(data: Sequence, keys: Iterable, workers: int | None, **options: object
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
             try:
                 batches = iter(DataLoader(data, **options))
-                for worker in getattr(batches, "_workers", ()):
-                    ending.callback(worker.kill)  # at last, if it hangs in a system call
-                # Dropping the iterator does this too, but a traceback may hold it for long.
+                workers += getattr(batches, "_workers", [])
+                for worker in workers:  # at last, should one hang in a system call
+                    ending.callback(worker.join, 5)
+                    ending.callback(worker.kill)
+                # First what dropping the iterator does, but a traceback may hold it for long.
                 ending.callback(getattr(batches, "_shutdown_workers", lambda: None))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield from batches
     except (RuntimeError, OSError, EOFError) as error:
+        # A worker that dies while it sends shows as almost any error, its exit code tells.
+        killed = worker_death(error) or any(worker.exitcode for worker in workers)
         reason = str(error).strip().rpartition("\n")[2]  # the end of a worker's traceback
-        told = f"loading images failed ({reason}); --num_workers 0 loads in the main process"
-        raise worker_death(error) or InputError(told) from error
+        told = KILLED if killed else f"loading images failed ({reason}); {INSTEAD}"
+        raise InputError(told) from error
 
 
 @dataclass
