@@ -1,4 +1,5 @@
-"""Everything that reads pixels: image files, built-in images, crops, loaders, smaller copies.
+"""Everything that reads pixels: image files, built-in images, crops, loaders, smaller copies; and
+what files and consoles do to a run: errors in a sentence, files whole, streams that may go away.
 
 Use alone: `loader = TrainLoader(find_images("photos"), TrainCrop(224), batch_size=64)`, then
 `for images, labels in loader.batches(0, 1000): normalize(images.cuda())`; images travel as uint8
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import fcntl
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -22,10 +25,11 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
@@ -38,6 +42,84 @@ Batches = Generator[list[torch.Tensor], None, None]
 
 class InputError(Exception):
     """What the user gave cannot work; the message is one sentence to print before exit 2."""
+
+
+@contextlib.contextmanager
+def blaming(path: str | Path) -> Generator[None, None, None]:
+    """Whatever goes wrong with a file inside becomes one InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # truncated, foreign and hostile files raise almost anything
+        reason = f"{str(error).strip().partition(chr(10))[0][:300]} ({type(error).__name__})"
+        if isinstance(error, ImportError):
+            reason = f"pip install {error.name.partition('.')[0]} for such files"
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            array = found[1].startswith("numpy")
+            reason = "holds NumPy arrays, save tensors" if array else f"would run code ({found[1]})"
+        raise InputError(f"{path}: refused, {reason}") from None
+
+
+def save_file(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have `write` fill a file so that a crash or a full disk leaves an earlier one whole."""
+    path = Path(path)
+    try:
+        part = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    except (OSError, RuntimeError, ValueError) as error:  # torch.save wraps a full disk
+        reason = (str(error.__context__ or error).strip() or repr(error)).partition("\n")[0]
+        raise InputError(f"cannot write {path} (an earlier one stays whole): {reason}") from None
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Generator[None, None, None]:
+    """Hold the lock of an output folder, which also proves that one can write there."""
+    lock = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115 - open as long as the run
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--output_dir {folder}: another run has it, or it is protected") from None
+    except OSError as error:
+        raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from None
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+class Unbreakable:
+    """A standard stream that drops what it cannot write: its reader has gone, its disk is full."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        # A stream that was closed before the start left its number to the next file: to this.
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except UnicodeEncodeError:  # an ASCII console
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # drops what is in its buffer, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
 
 
 def _say(sentence: str) -> None:
@@ -356,6 +438,21 @@ class EvalCrop:
         pixels = center_crop(pixels, (min(h, most * w), min(w, most * h)))
         height, width = (eval_resize(side, self.rule) for side in size)
         return center_crop(resize(pixels, resized_shape(*pixels.shape[:2], (height, width))), size)
+
+
+def draw_columns(columns: torch.Tensor, labels: Sequence[str]) -> Image.Image:
+    """Normalised (k, B, 3, H, W) -> a picture: an image a row, a column a label, names on top."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    colours = (columns.detach().cpu().float() * std + mean).clamp(0, 1)
+    # (k, B, 3, H, W) -> (B * H, k * W, 3)
+    pixels = (colours * 255).round().byte().permute(1, 3, 0, 4, 2).flatten(2, 3).flatten(0, 1)
+    grid, zoom = Image.fromarray(pixels.numpy()), max(1, round(200 / columns.shape[-1]))
+    grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST)
+    picture = Image.new("RGB", (grid.width, grid.height + 16), "white")
+    picture.paste(grid, (0, 16))
+    for k, label in enumerate(labels):
+        ImageDraw.Draw(picture).text((k * grid.width // len(columns) + 4, 2), label, fill="black")
+    return picture
 
 
 def normalize(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

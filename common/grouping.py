@@ -129,7 +129,8 @@ def plan_groups(
     """Lay out tokens at (rows, columns) with window `ids`, all (N,), in groups chosen by `sizing`.
 
     `window` is the side that the bias table is made for; where all windows are smaller, `index`
-    stays in its middle. A group is as large as its fullest member, so `sizing` may ask for any capacity.
+    stays in its middle. A group is as large as its fullest member, so `sizing` may ask for any
+    capacity.
     """
     order = np.argsort(ids, kind="stable")  # tokens of one window side by side
     _, starts, counts = np.unique(ids[order], return_index=True, return_counts=True)

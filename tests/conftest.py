@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+THREADS = int((os.environ.get("OMP_NUM_THREADS") or "0").split(",")[0])  # 0: each test file uses what suits it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     GOLDEN = Path(config.getoption("--golden")).resolve()
     config.addinivalue_line("markers", "slow: full-size models or long runs")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS or 2)
 
 
 def golden_files(method: str) -> list[Path]:
