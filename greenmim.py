@@ -37,9 +37,9 @@ from 0, as in the parameter names.
 Paper, released code, and here:
   - The paper searches the group size that costs least; released code fixes min(w^2, fullest
     window) and runs padding through every layer. Here `cheapest_groups`, and no padded rows.
-  - Released code puts latents at wrong positions: it places them as if they stood in the order of
-    the mask's random numbers, while they stand in raster order. `release` "2023" does so too,
-    "corrected", the default, does not; weights trained either way work with "corrected".
+  - Released code ("2023") places latents as if they stood in the order of the mask's random
+    numbers, while they stand in raster order: at wrong positions. "corrected", the default, does
+    not; weights trained either way work with it.
   - The first release, "2022", does that too, merges in the order (0,0), (0,1), (1,0), (1,1), and
     reads wrong token coordinates in stages 1 and 2. By all signs the published files are of this
     release: give --release 2022 with them, and merging weights are put in the order of (4) as
@@ -57,7 +57,6 @@ Usage:
     torchrun --nproc_per_node 8 greenmim.py finetune --data_path /imagenet \
         --weights output/greenmim/pretrain/backbone.pth
     python greenmim.py {evaluate,reconstruct,export,features} --help
-
 To copy: this file and `common/`. The method alone: `ModelConfig`, and from "masking" to "model".
 """
 
@@ -67,7 +66,6 @@ import argparse
 import contextlib
 import ctypes
 import difflib
-import fcntl
 import inspect
 import json
 import math
@@ -77,14 +75,11 @@ import resource
 import signal
 import statistics
 import sys
-import threading
 import time
-import traceback
-import types
 import typing
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -97,7 +92,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -110,6 +104,7 @@ from common.data import InputError
 
 Count = Annotated[int, (1, 10**6)]
 Whole = Annotated[int, (0, 2**63 - 1)]
+Workers = Annotated[int, (0, 1024)]
 Amount = Annotated[float, (0.0, 1e30)]
 Share = Annotated[float, (0.0, 1.0)]
 Pixels = Annotated[int, (1, 4096)] | tuple[int, int]  # a side, or 224x320: height and width
@@ -120,7 +115,6 @@ SCRIPT = Path(__file__).stem
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture only; stored in every checkpoint."""
-
     input_size: Annotated[int, (1, 4096)] = 224
     patch_size: Annotated[int, (1, 64)] = 4
     embed_dim: Annotated[int, (1, 4096)] = 128
@@ -157,19 +151,15 @@ class ModelConfig:
         return min(self.window_size, self.side(stage))
 
 
-TINY = {"embed_dim": 96, "num_heads": (3, 6, 12, 24)}
-NARROW = {"input_size": 128, "embed_dim": 64, "depths": (2, 2, 6, 2), "num_heads": (2, 4, 8, 16)}
-DEMO = {"input_size": 48, "embed_dim": 64, "depths": (2, 4), "num_heads": (2, 4)}
-TEST = {"input_size": 64, "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4)}
-MODELS = {
+MODELS = {  # pixels, patch, width, depths, heads, window, MLP ratio; decoder: width, depth, heads
     "swin_b": ModelConfig(),
     "swin_b_win14": ModelConfig(window_size=14),
     "swin_l_win14": ModelConfig(embed_dim=192, num_heads=(6, 12, 24, 48), window_size=14),
-    "swin_t": ModelConfig(**TINY, depths=(2, 2, 6, 2)),  # ours, by the same recipe
-    "swin_s": ModelConfig(**TINY),  # ours, by the same recipe
-    "swin_n": ModelConfig(**NARROW, window_size=8, decoder_dim=256, decoder_num_heads=8),  # ours
-    "demo": ModelConfig(**DEMO, window_size=6, decoder_dim=96, decoder_num_heads=3),  # ours
-    "test": ModelConfig(**TEST, window_size=3, decoder_dim=32, decoder_num_heads=2),  # ours
+    "swin_t": ModelConfig(224, 4, 96, (2, 2, 6, 2), (3, 6, 12, 24)),  # ours, by the same recipe
+    "swin_s": ModelConfig(224, 4, 96, (2, 2, 18, 2), (3, 6, 12, 24)),  # ours, by the same recipe
+    "swin_n": ModelConfig(128, 4, 48, (2, 2, 6, 2), (3, 6, 12, 24), 8, 4.0, 256, 1, 8),  # ours
+    "demo": ModelConfig(64, 8, 64, (2, 4), (2, 4), 4, 4.0, 96, 1, 3),  # ours
+    "test": ModelConfig(64, 4, 16, (2, 2, 2), (1, 2, 4), 3, 4.0, 32, 1, 2),  # ours
 }
 OTHER_NAMES = {  # timm's, and the constructors of released code
     "swin_tiny_patch4_window7_224": "swin_t",
@@ -182,17 +172,20 @@ OTHER_NAMES = {  # timm's, and the constructors of released code
 RECIPES = {  # by command, recipe and, where it matters, model: what differs from the classes below
     ("pretrain", "published", "swin_b_win14"): {"blr": 1.5e-4},
     ("finetune", "published", "swin_l_win14"): {
-        "blr": 1e-3, "warmup_lr": 2e-7, "min_lr": 3.5e-7, "layer_decay": 0.8, "drop_path": 0.3,
-    },
-    ("pretrain", "small"): {"model": "swin_n"},
-    ("finetune", "small"): {"model": "swin_n"},
-}  # fmt: skip
+        "blr": 1e-3, "warmup_lr": 2e-7, "min_lr": 3.5e-7, "layer_decay": 0.8, "drop_path": 0.3},
+    ("pretrain", "small"): {
+        "model": "swin_n", "batch_size": 64, "blr": 1.6e-3, "epochs": 100, "warmup_epochs": 5.0,
+        "mask_ratio": 0.6},
+    ("finetune", "small"): {
+        "model": "swin_n", "batch_size": 32, "blr": 1.6e-2, "epochs": 30, "warmup_epochs": 3.0,
+        "min_lr": 1e-6, "layer_decay": 0.8, "clip_grad": 1.0, "crop_min": 0.35, "mixup": 0.0,
+        "cutmix": 0.0, "reprob": 0.0, "aa": "none"},
+}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What every training run needs, whatever the method."""
-
     model: str = ""  # network, our name or timm's; none = that of --weights, else the first (ours)
     recipe: str = "published"  # or small: some hundred to ten thousand images of your own (ours)
     data_path: str = ""  # images; none = a dry run, drawn:N = N built-in ones (ours)
@@ -201,7 +194,7 @@ class RunConfig:
     input_size: Pixels | None = None  # pixels; none = as the weights or the model (ours)
     accum_iter: Count = 1  # micro-batches per update (MAE)
     lr: Amount | None = None  # absolute learning rate, overrides blr (MAE)
-    num_workers: Whole | None = None  # loader processes; none = by the number of cores (ours)
+    num_workers: Workers | None = None  # loader processes; none = by the number of cores (ours)
     seed: Whole = 0  # every random draw is a function of it (MAE)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ... (ours)
     dtype: DType = "auto"  # auto = bf16 (old GPUs: fp16) on CUDA, fp32 on the CPU (ours)
@@ -216,7 +209,6 @@ class RunConfig:
 @dataclass(frozen=True)
 class FileConfig:
     """What the commands that use a file of weights need, whatever the method."""
-
     weights: str = ""  # checkpoint, ours or released (ours)
     model: str = ""  # network; none = as the file says (ours)
     data_path: str = ""  # folder, file or drawn:N; evaluate: with val/<class>/ (ours)
@@ -225,7 +217,7 @@ class FileConfig:
     per_stage: bool = False  # features: maps of every stage instead of a vector (ours)
     count: Count = 8  # reconstruct: number of images (ours)
     batch_size: Count = 64  # images per process (ours)
-    num_workers: Whole | None = None  # loader processes; none = by the number of cores (ours)
+    num_workers: Workers | None = None  # loader processes; none = by the number of cores (ours)
     seed: Whole = 0  # of the mask; demo: of everything (ours)
     device: str = "auto"  # auto, cpu, cuda, ... (ours)
     dtype: DType = "auto"  # auto = bf16 (old GPUs: fp16) on CUDA, fp32 on the CPU (ours)
@@ -234,7 +226,6 @@ class FileConfig:
 @dataclass(frozen=True)
 class MethodConfig:
     """What GreenMIM lets one change of the network; None = as the file or the model has it."""
-
     window_size: Count | None = None  # tokens per side (paper: 7 or 14)
     release: Literal["corrected", "2023", "2022"] | None = None  # see the top of the file (ours)
 
@@ -242,7 +233,6 @@ class MethodConfig:
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig, MethodConfig):
     """Recipe of the released slurm scripts, 8 processes."""
-
     output_dir: str = f"output/{SCRIPT}/pretrain"  # checkpoints, log.txt, pictures (ours)
     batch_size: Count = 256  # images per process (released script)
     epochs: Count = 800  # passes over the data (released script)
@@ -259,7 +249,6 @@ class PretrainConfig(RunConfig, MethodConfig):
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig, MethodConfig):
     """SimMIM's recipe with the values of GreenMIM's README, 8 processes."""
-
     output_dir: str = f"output/{SCRIPT}/finetune"  # checkpoints and log.txt (ours)
     linear_probe: bool = False  # train the head only: plain crops, no mixing (ours)
     nb_classes: Count | None = None  # outputs; none = the number of class folders (ours)
@@ -286,7 +275,6 @@ class FinetuneConfig(RunConfig, MethodConfig):
 @dataclass(frozen=True)
 class UseConfig(FileConfig, MethodConfig):
     """What the commands that do not train need."""
-
     naming: Literal["timm", "official"] = "timm"  # export: whose parameter names (ours)
     mask_ratio: Share | None = None  # reconstruct: none = the file's, else 0.75 (ours)
     norm_pix_loss: bool | None = None  # reconstruct: as in pre-training; none = the file's (ours)
@@ -318,20 +306,17 @@ def check_size(size: Pixels, unit: int) -> None:
         low = max(2, side // unit) * unit
         if side % unit or side < low:
             raise InputError(f"--input_size {size} does not fit: a side must be a multiple of "
-                             f"{unit}, the nearest are {low} and {low + unit}")  # fmt: skip
+                             f"{unit}, the nearest are {low} and {low + unit}")
 
 
 # ── masking ───────────────────────────────────────────────────────────────────────────
-
 
 def random_mask(noise: np.ndarray, mask_ratio: float) -> np.ndarray:
     """(U,) bool, True = hidden, from (U,) noise: the int(U (1 - ratio)) smallest stay visible."""
     kept = int(noise.size * (1 - mask_ratio))
     if not 1 <= kept < noise.size:
-        raise InputError(
-            f"--mask_ratio {mask_ratio} leaves {kept} of {noise.size} units visible: "
-            "at least one must stay visible and one be hidden"
-        )
+        raise InputError(f"--mask_ratio {mask_ratio} leaves {kept} of {noise.size} units visible: "
+                         "at least one must stay visible and one be hidden")
     mask = np.ones(noise.shape, bool)
     mask[np.argsort(noise, kind="stable")[:kept]] = False
     return mask
@@ -345,7 +330,6 @@ def random_mask(noise: np.ndarray, mask_ratio: float) -> np.ndarray:
 @dataclass(frozen=True)
 class MaskPlan:
     """What the model has to know about one mask: NumPy arrays, or tensors after `to_device`."""
-
     patches: Tensor  # (N,) which of all patches are visible, in raster order
     windows: list[list[grouping.GroupPlan]]  # for each stage: [plain] or [plain, shifted]
     merges: list[Tensor]  # for each stage but the last, (N,): its tokens, 2x2 block by 2x2 block
@@ -357,8 +341,7 @@ def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = 
     """Plan for `mask`, bool (rows, columns) of units or flat (U,) for a square, True = hidden.
 
     `noise` (U,), which the mask was drawn from, is needed for `release` "2023" and "2022" only.
-    Raises ValueError if the mask is of another size or leaves nothing visible.
-    """
+    Raises ValueError if the mask is of another size or leaves nothing visible."""
     mask = np.asarray(mask, bool)
     if mask.ndim < 2 and mask.size != config.units**2:
         raise ValueError(f"the mask has {mask.size} units, the model {config.units**2}")
@@ -391,9 +374,8 @@ def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = 
     return MaskPlan(patches, windows, merges, restore, hidden)
 
 
-def plan_windows(
-    config: ModelConfig, stage: int, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]
-) -> list[grouping.GroupPlan]:
+def plan_windows(config: ModelConfig, stage: int, rows: np.ndarray, columns: np.ndarray,
+                 shape: tuple[int, int]) -> list[grouping.GroupPlan]:
     """[plain] or [plain, shifted] for tokens at (rows, columns), both (N,), of an (h, w) map."""
     window = config.window(stage)
     # As in Swin, an axis that one window covers is never shifted.
@@ -402,10 +384,9 @@ def plan_windows(
     # run on padded slots too. Here they do not, yet of the costs tried this gives the fastest
     # layer (README).
     cost = grouping.layer_cost(config.embed_dim * 2**stage)
-    plans = []
+    sizing, plans = partial(grouping.cheapest_groups, cost=cost), []
     for offset in [(0, 0), shift] if any(shift) else [(0, 0)]:
         ids = grouping.window_ids(rows, columns, window, offset)
-        sizing = partial(grouping.cheapest_groups, cost=cost)
         plans.append(grouping.plan_groups(rows, columns, ids, window, sizing))
     return plans
 
@@ -417,13 +398,10 @@ def plan_merge(visible: np.ndarray) -> np.ndarray:
     return blocks[blocks[:, 0] >= 0].reshape(-1)
 
 
-def misread_coordinates(
-    rows: np.ndarray, columns: np.ndarray, k: int, across: int
-) -> tuple[np.ndarray, np.ndarray]:
+def misread_coordinates(rows: np.ndarray, columns: np.ndarray, k: int,
+                        across: int) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates that the first release took tokens at (rows, columns) for, `k` a unit's side.
-
-    It stored tokens unit by unit but read their coordinates off in raster order.
-    """
+    It stored tokens unit by unit but read their coordinates off in raster order."""
     unit = rows // k * (across // k) + columns // k
     return np.divmod(unit * k**2 + rows % k * k + columns % k, across)
 
@@ -440,16 +418,12 @@ def to_device(plan: object, device: torch.device) -> object:
         tensor = torch.from_numpy(plan)
         tensor = tensor.pin_memory() if device.type == "cuda" else tensor
         return tensor.to(device, non_blocking=True)
-    if isinstance(plan, list):
-        return [to_device(item, device) for item in plan]
     if is_dataclass(plan):
-        moved = {f.name: to_device(getattr(plan, f.name), device) for f in fields(plan)}
-        return replace(plan, **moved)
-    return plan
+        return replace(plan, **{k: to_device(v, device) for k, v in vars(plan).items()})
+    return [to_device(item, device) for item in plan] if isinstance(plan, list) else plan
 
 
 # ── layers ────────────────────────────────────────────────────────────────────────────
-
 
 def drop_path(x: Tensor, probability: float) -> Tensor:
     """Drop the branch of whole samples and scale the others to keep the mean (training only)."""
@@ -476,7 +450,6 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
@@ -485,8 +458,7 @@ class GroupWindowAttention(nn.Module):
     """Eq. (2) without its norm and residual: window attention over the tokens that a plan groups.
 
     With nothing masked this is Swin's (shifted) window attention, however windows are grouped;
-    border windows are cut where Swin rolls the map and masks what the roll joined.
-    """
+    border windows are cut where Swin rolls the map and masks what the roll joined."""
 
     def __init__(self, dim: int, num_heads: int, window: int) -> None:
         super().__init__()
@@ -533,9 +505,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block around any attention; `plan` goes to the attention."""
 
-    def __init__(
-        self, dim: int, attn: nn.Module, mlp_ratio: float, eps: float, drop_path: float = 0.0
-    ) -> None:
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, eps: float,
+                 drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = attn
@@ -582,32 +553,25 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """Blocks that alternate between the plain and the shifted plan, then merging."""
 
-    def __init__(
-        self, config: ModelConfig, stage: int, eps: float, drop_paths: Sequence[float]
-    ) -> None:
+    def __init__(self, config: ModelConfig, stage: int, eps: float,
+                 drop_paths: Sequence[float]) -> None:
         super().__init__()
         dim, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         attention = partial(GroupWindowAttention, dim, heads, config.window(stage))
         self.blocks = nn.ModuleList(
-            Block(dim, attention(), config.mlp_ratio, eps, p) for p in drop_paths
-        )
+            Block(dim, attention(), config.mlp_ratio, eps, rate) for rate in drop_paths)
         last = stage == len(config.depths) - 1
         self.downsample = nn.Identity() if last else PatchMerging(dim, eps)
-        self.grad_checkpoint = False
 
-    def forward(self, x: Tensor, windows: list[grouping.GroupPlan]) -> Tensor:
-        """(B, N, C) -> (B, N, C), before merging."""
+    def forward(self, x: Tensor, windows: list[grouping.GroupPlan], recompute: bool) -> Tensor:
+        """(B, N, C) -> (B, N, C), before merging; `recompute` keeps no activations for later."""
         for j, block in enumerate(self.blocks):
             plan = windows[j % len(windows)]
-            if self.grad_checkpoint and self.training:
-                x = checkpoint(block, x, plan, use_reentrant=False)
-            else:
-                x = block(x, plan)
+            x = checkpoint(block, x, plan, use_reentrant=False) if recompute else block(x, plan)
         return x
 
 
 # ── encoder ───────────────────────────────────────────────────────────────────────────
-
 
 class SwinEncoder(nn.Module):
     """Swin over the visible tokens; with nothing masked, plain Swin for images of any size."""
@@ -621,16 +585,14 @@ class SwinEncoder(nn.Module):
         rates = iter(np.linspace(0, drop_path, sum(config.depths)).tolist())
         self.layers = nn.ModuleList(
             SwinStage(config, stage, eps, [next(rates) for _ in range(depth)])
-            for stage, depth in enumerate(config.depths)
-        )
+            for stage, depth in enumerate(config.depths))
         self.norm = nn.LayerNorm(self.channels[-1], eps)
         self.dense_plans: dict[tuple, MaskPlan] = {}
-
+        self.grad_checkpoint = False
     def dense_plan(self, height: int, width: int, device: torch.device) -> MaskPlan:
         """The plan with nothing masked for images of that many pixels, kept by size.
 
-        Its coordinates are right whatever the release: fine-tuning never had the wrong ones.
-        """
+        Its coordinates are right whatever the release: fine-tuning never had the wrong ones."""
         unit, key = self.config.mask_unit, (height, width, device)
         if height % unit or width % unit:
             raise ValueError(f"images of {height}x{width} px: {unit} must divide both sides")
@@ -646,7 +608,7 @@ class SwinEncoder(nn.Module):
         x = self.patch_embed(images, plan.patches)  # (B, N, C)
         outputs = []
         for stage, layer in enumerate(self.layers):
-            x = layer(x, plan.windows[stage])
+            x = layer(x, plan.windows[stage], self.grad_checkpoint and self.training)
             outputs.append(x)
             if stage < len(self.layers) - 1:
                 x = layer.downsample(x, plan.merges[stage])
@@ -658,26 +620,21 @@ class SwinEncoder(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised -> a map (B, C, h, w) of every stage, before merging and norm.
-
         Any H and W that the last of `strides` divides. Windows that the border cuts stay cut; on
-        a map smaller than the window the middle of the bias table is used.
-        """
-        heights = [images.shape[-2] // stride for stride in self.strides]
-        return [
-            rearrange(x, "b (h w) c -> b c h w", h=height)
-            for x, height in zip(self.stages(images), heights, strict=True)
-        ]
+        a map smaller than the window the middle of the bias table is used."""
+        return [rearrange(x, "b (h w) c -> b c h w", h=images.shape[-2] // stride)
+                for x, stride in zip(self.stages(images), self.strides, strict=True)]
 
 
 # ── decoder and target ────────────────────────────────────────────────────────────────
 
-
 def sincos_embedding(dim: int, side: int) -> Tensor:
     """(1, side^2, dim) fixed table, raster order: sin and cos of the column, then of the row."""
-    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-    rows, columns = (axis[:, None] * omega for axis in np.divmod(np.arange(side**2), side))
-    table = np.hstack([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)])
-    return torch.from_numpy(table).float().unsqueeze(0)
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    place = torch.arange(side**2, dtype=torch.float64).unsqueeze(1)
+    rows, columns = place // side * omega, place % side * omega
+    table = torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)
+    return table.float().unsqueeze(0)
 
 
 def patchify(images: Tensor, size: int) -> Tensor:
@@ -694,13 +651,10 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # ── model ─────────────────────────────────────────────────────────────────────────────
 
-
 class GreenMIM(nn.Module):
     """Encoder on visible tokens, one-block decoder on all units, pixels of the hidden ones.
-
     A mask is (U,) bool, True = hidden, the same for all images of the batch, as an array or a
-    tensor (one on a GPU is copied to the host, which waits for it), or its plan, made ahead.
-    """
+    tensor (one on a GPU is copied to the host, which waits for it), or its plan, made ahead."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -712,8 +666,7 @@ class GreenMIM(nn.Module):
         self.decoder_embed = nn.Linear(self.encoder.channels[-1], dim)
         self.decoder_blocks = nn.ModuleList(
             Block(dim, Attention(dim, config.decoder_num_heads), config.mlp_ratio, 1e-6)
-            for _ in range(config.decoder_depth)
-        )
+            for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, 1e-6)
         self.decoder_pred = nn.Linear(dim, config.mask_unit**2 * 3)
 
@@ -747,9 +700,8 @@ class GreenMIM(nn.Module):
             x = block(x)
         return x
 
-    def forward(
-        self, images: Tensor, mask: MaskPlan | np.ndarray | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor,
+                mask: MaskPlan | np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
         """Loss (), and predictions (B, U - V, P) of the hidden units, for (B, 3, H, W) images."""
         plan = self.plan(images, mask)
         x = self.decode(self.encoder(images, plan), plan).index_select(1, plan.hidden)
@@ -766,37 +718,26 @@ class GreenMIM(nn.Module):
 INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 
 
-@contextlib.contextmanager
-def blaming(path: str | Path) -> Iterator[None]:
-    """Whatever goes wrong with a file inside becomes one InputError that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # truncated, foreign and hostile files raise almost anything
-        reason = f"{str(error).strip().partition(chr(10))[0][:300]} ({type(error).__name__})"
-        if isinstance(error, ImportError):
-            reason = f"pip install {error.name.partition('.')[0]} for such files"
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            array = found[1].startswith("numpy")
-            reason = "holds NumPy arrays, save tensors" if array else f"would run code ({found[1]})"
-        raise InputError(f"{path}: refused, {reason}") from None
-
-
 def read_checkpoint(path: str | Path) -> dict:
     """A .pth or .safetensors file as {"model": state dict, "args": dict, ...}, checked.
 
     Runs no code from the file, and asks for no more memory than the file has bytes. "args" is
-    what a script of ours wrote there, or empty.
-    """
-    with blaming(path):
+    what a script of ours wrote there, or empty."""
+    with data.blaming(path):
         if not os.path.isfile(path):
             raise InputError(f"{path}: there is no such weights file")
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
             return {"model": checked(load_file(path)), "args": {}}
-        check_zip(path)
+        with open(path, "rb") as opened:
+            zipped = opened.read(2) == b"PK"  # PyTorch's format since 2020; it checks no CRC
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+                packed = any(entry.compress_type for entry in archive.infolist())  # not by PyTorch
+                if packed or size > os.path.getsize(path) or archive.testzip():
+                    raise ValueError("it is damaged: contents and checksums disagree")
         torch.serialization.add_safe_globals([argparse.Namespace])  # in released files
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols and exotic tensors
@@ -807,22 +748,10 @@ def read_checkpoint(path: str | Path) -> dict:
             raise ValueError("it holds no state dict, at the top or under 'model'")
         state = {str(k).removeprefix("module."): v for k, v in checked(file["model"]).items()}
         args = file.get("args")
-        ours = isinstance(args, dict) and "script" in args
-        if ours and args["script"] != SCRIPT:
+        args = args if isinstance(args, dict) and "script" in args else {}
+        if args and args["script"] != SCRIPT:
             raise ValueError(f"it was written by {args['script']}.py, not by {SCRIPT}.py")
-        return file | {"model": state, "args": args if ours else {}}
-
-
-def check_zip(path: str | Path) -> None:
-    """ValueError if a zip file, PyTorch's format since 2020, has flipped bits or hides bytes."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return
-    with zipfile.ZipFile(path) as archive:
-        sizes = [entry.file_size for entry in archive.infolist()]
-        packed = any(entry.compress_type for entry in archive.infolist())  # PyTorch packs nothing
-        if packed or sum(sizes) > os.path.getsize(path) or archive.testzip():
-            raise ValueError("it is damaged: contents and checksums disagree")
+        return file | {"model": state, "args": args}
 
 
 def checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -848,18 +777,19 @@ def identify(file: dict) -> tuple[str, ModelConfig]:
         config = ModelConfig(**{k: fit(hint, args["config"][k]) for k, hint in hints.items()})
         return known_model(str(args["model"])), model_config(config)
     table = "layers.{}.blocks.{}.attn.relative_position_bias_table"
-    depths = [sum(table.format(i, j) in state for j in range(99)) for i in range(8)]
-    depths = tuple(depth for depth in depths if depth)
+    counts = [sum(table.format(i, j) in state for j in range(99)) for i in range(8)]
+    depths = tuple(filter(None, counts))
     if not depths or "patch_embed.proj.weight" not in state:
         raise ValueError("it holds no Swin (layers.0.blocks.0.attn.qkv.weight, ...)")
     tables = [state[table.format(i, 0)] for i in range(len(depths))]
     windows = [(math.isqrt(len(t)) + 1) // 2 for t in tables]
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     found = {"patch_size": patch, "embed_dim": dim, "depths": depths, "window_size": max(windows),
-             "num_heads": tuple(t.shape[1] for t in tables)}  # fmt: skip
+             "num_heads": tuple(t.shape[1] for t in tables)}
     alike = min(MODELS, key=lambda n: sum(getattr(MODELS[n], k) != v for k, v in found.items()))
-    if windows[-1] < max(windows):  # then one window covers the last map, and tells its side
-        found["input_size"] = windows[-1] * patch * 2 ** (len(depths) - 1)
+    side = windows[-1] * patch * 2 ** (len(depths) - 1)  # of an image of one window at last
+    if windows[-1] < max(windows) or side > MODELS[alike].input_size:
+        found["input_size"] = side
     return alike, model_config(MODELS[alike], **found)
 
 
@@ -867,7 +797,7 @@ def choose_config(cfg: RunConfig | UseConfig, file: dict | None) -> tuple[str, M
     """Name and architecture by the flags, else by the file of --weights, else the first model."""
     found, base = "", None
     if file:
-        with blaming(cfg.weights):
+        with data.blaming(cfg.weights):
             found, base = identify(file)
     name = known_model(cfg.model or found or next(iter(MODELS)))
     asked = {f.name: getattr(cfg, f.name, None) for f in fields(ModelConfig)}
@@ -879,31 +809,25 @@ def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(k.startswith("encoder.") for k in state):
         state = {k[8:]: v for k, v in state.items() if k.startswith("encoder.")}
     dropped = (*INDEX_BUFFERS, "mask_token")  # SimMIM keeps a mask token in its encoder
-    state = {k: v for k, v in state.items() if not k.endswith(dropped)}
-    if "layers.0.downsample.norm.weight" not in state:  # timm merges at the start of a stage
-        state = move_merging(state, -1)
-    return {k.replace("head.fc.", "head."): v for k, v in state.items()}
+    state = {k.replace("head.fc.", "head."): v for k, v in state.items() if not k.endswith(dropped)}
+    # timm merges at the start of a stage
+    return state if "layers.0.downsample.norm.weight" in state else move_merging(state, -1)
 
 
 def move_merging(state: dict[str, Tensor], by: int) -> dict[str, Tensor]:
     """Merging weights moved to another stage: timm has them one stage later than Swin."""
-    stage = re.compile(r"layers\.(\d+)\.downsample")
-    return {stage.sub(lambda m: f"layers.{int(m[1]) + by}.downsample", k): v
-            for k, v in state.items()}  # fmt: skip
+    stage = re.compile(r"(?<=layers\.)\d+(?=\.downsample)")
+    return {stage.sub(lambda number: str(int(number[0]) + by), k): v for k, v in state.items()}
 
 
 def swap_merging(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first release's merging order (0,0), (0,1), (1,0), (1,1) to Eq. (4), or back."""
-    return {
-        k: v.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].flatten(-2) if ".downsample." in k else v
-        for k, v in state.items()
-    }
+    return {k: v.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].flatten(-2)
+            if ".downsample." in k else v for k, v in state.items()}
 
 
-def load_weights(
-    make: Callable[[], nn.Module], path: str, file: dict | None, release: str | None = None,
-    fresh_head: bool = False,
-) -> tuple[nn.Module, str]:  # fmt: skip
+def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
+                 release: str | None = None, fresh_head: bool = False) -> tuple[nn.Module, str]:
     """What `make` builds (GreenMIM, encoder, classifier) with the weights of a file that was read,
     if there is one, and a sentence on what was adapted; InputError names what does not fit.
 
@@ -911,30 +835,31 @@ def load_weights(
     """
     if file is None:
         return make(), ""
-    with blaming(path):
+    with data.blaming(path):
         with torch.device("meta"):  # no memory is taken before all shapes are known to agree
             skeleton = make()
-        own, notes, state = skeleton.state_dict(), [], file["model"]
-        if isinstance(skeleton, GreenMIM):
-            if not any(k.startswith("decoder_pred.") for k in state):
-                raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
-            state = {k: v for k, v in state.items() if not k.endswith(INDEX_BUFFERS)}
-            state["decoder_pos_embed"] = own["decoder_pos_embed"]  # computed, for the size in use
-        else:
+        own, state, notes = skeleton.state_dict(), file["model"], []
+        if not isinstance(skeleton, GreenMIM):
             state = swin_names(state)
+        elif any(k.startswith("decoder_pred.") for k in state):
+            computed = (*INDEX_BUFFERS, "decoder_pos_embed")  # the latter for the size in use
+            own, state = ({k: v for k, v in x.items() if not k.endswith(computed)}
+                          for x in (own, state))
+        else:
+            raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
         if release == "2022" and not file["args"]:
             state, notes = swap_merging(state), ["merging weights of the first release reordered"]
-        resized = [k for k in own if k.endswith("bias_table") and k in state
-                   and len(state[k]) != len(own[k]) and state[k].ndim == 2]  # fmt: skip
+        tables = [k for k in own if k.endswith("bias_table") and k in state and state[k].ndim == 2]
+        resized = [k for k in tables if len(state[k]) != len(own[k])]
         state |= {k: resize_bias_table(state[k], len(own[k])) for k in resized}
         if resized:
             notes.append(f"{len(resized)} relative position tables interpolated")
-        head = [k for k in own if k.startswith("head.")]
-        misfit = any(k not in state or state[k].shape != own[k].shape for k in head)
-        if not head or (fresh_head and misfit):
-            notes += ["the head starts fresh"] if head else []
+        head = [k for k in ("head.weight", "head.bias") if k in own]
+        fresh = fresh_head and any(k not in state or state[k].shape != own[k].shape for k in head)
+        if fresh or not head:
+            notes += ["the head starts fresh"] if fresh else []
             own, state = ({k: v for k, v in x.items() if k not in ("head.weight", "head.bias")}
-                          for x in (own, state))  # fmt: skip
+                          for x in (own, state))
         check_keys(state, own)
     model = make()
     model.load_state_dict(state, strict=False)
@@ -944,7 +869,7 @@ def load_weights(
 def check_keys(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     """ValueError that names the differences between a file and a model, three in full."""
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
-             for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
+             for k in own if k in state and state[k].shape != own[k].shape]
     wrong += [f"{k} is missing" for k in own if k not in state]
     wrong += [f"{k} is unexpected" for k in state if k not in own]
     if wrong:
@@ -954,20 +879,16 @@ def check_keys(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
 
 def resize_bias_table(table: Tensor, rows: int) -> Tensor:
     """((2w - 1)^2, h) relative position table -> (rows, h), as SimMIM does it.
-
     Old entries are taken to stand at geometrically growing distances x that span the new window;
-    a bicubic not-a-knot spline through them is read at the new distances t: W Z W^T per head.
-    """
+    a bicubic not-a-knot spline through them is read at the new distances t: W Z W^T per head."""
     source, target = math.isqrt(len(table)), math.isqrt(rows)
     if source**2 != len(table) or source % 2 == 0:
         raise ValueError(f"a relative position table of {len(table)} rows is of no window")
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
-        if (1 - q ** (source // 2)) / (1 - q) > target // 2:
-            high = q
-        else:
-            low = q
+        too_far = (1 - q ** (source // 2)) / (1 - q) > target // 2
+        low, high = (low, q) if too_far else (q, high)
     steps = np.cumsum(q ** np.arange(source // 2))
     x = np.concatenate([-steps[::-1], [0.0], steps])
     t = np.clip(np.arange(target) - target // 2, x[0], x[-1])
@@ -991,33 +912,11 @@ def export_state(model: SwinEncoder, naming: str) -> dict[str, Tensor]:
     return {re.sub(r"^head\.", "head.fc.", k): v for k, v in move_merging(state, 1).items()}
 
 
-def save_file(path: str | Path, write: Callable[[typing.BinaryIO], object]) -> None:
-    """Have `write` fill a file so that a crash or a full disk leaves an earlier one whole."""
-    path = Path(path)
-    try:
-        part = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    except (OSError, RuntimeError, ValueError) as error:  # torch.save wraps a full disk
-        reason = (str(error.__context__ or error).strip() or repr(error)).partition("\n")[0]
-        raise InputError(f"cannot write {path} (an earlier one stays whole): {reason}") from None
-
-
 # ── distributed and optimisation ──────────────────────────────────────────────────────
-
 
 @dataclass(frozen=True)
 class Process:
     """This process among all; device and number format of its work."""
-
     rank: int
     world_size: int
     device: torch.device
@@ -1033,13 +932,14 @@ class Process:
         return values
 
     def say(self, line: str) -> None:
-        if self.rank == 0:
+        """Print a line, unless it is empty, once."""
+        if self.rank == 0 and line:
             print(line, flush=True)
 
 
 def setup_process(device: str, dtype: str) -> Process:
     """Join torchrun's group, if any; InputError if the device cannot do what is asked."""
-    place, kind = f"--device {device}", "fp32"  # of --dtype auto
+    place, usual = f"--device {device}", torch.float32
     try:
         rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         world_size, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
@@ -1051,33 +951,28 @@ def setup_process(device: str, dtype: str) -> Process:
             torch.set_float32_matmul_precision("high")  # TF32
             # Below compute capability 8.0 bf16 is emulated, slowly.
             new = torch.version.hip or torch.cuda.get_device_capability() >= (8, 0)
-            kind = "bf16" if new else "fp16"
+            usual = torch.bfloat16 if new else torch.float16
             if dtype == "bf16" and not new:
                 raise ValueError("this GPU has no bf16; --dtype fp16 and --dtype fp32 work")
         elif chosen.type == "cpu":
-            keep_freed_memory()
+            # Every step takes the same gigabyte again, and clearing its pages anew cost 4% of a
+            # large model's step in fp32, 15% in bf16, on two cores: have glibc keep freed blocks.
+            with contextlib.suppress(OSError, AttributeError):  # not glibc
+                libc = ctypes.CDLL("libc.so.6")
+                libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+                libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
         if world_size > 1 and not dist.is_initialized():
             place = f"MASTER_PORT {os.environ.get('MASTER_PORT')} (taken? torchrun --master_port)"
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"cannot start with {place}: {reason}") from None
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Process(rank, world_size, chosen, kinds[kind if dtype == "auto" else dtype])
+    kinds = {"auto": usual, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Process(rank, world_size, chosen, kinds[dtype])
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks: every step takes the same gigabyte again, and clearing
-    its pages anew cost 4% of a step of Swin-B in fp32 and 15% in bf16 on two cores."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, depths: Sequence[int] = (), layer_decay: float = 1.0
-) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
+                     layer_decay: float = 1.0) -> list[dict]:
     """AdamW groups: no decay for vectors, biases, tables and tokens; `lr_scale` by layer."""
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -1086,37 +981,32 @@ def parameter_groups(
         if parameter.requires_grad:
             groups.setdefault((exempt, scale), []).append(parameter)
     return [{"params": group, "weight_decay": 0.0 if exempt else weight_decay, "lr_scale": scale}
-            for (exempt, scale), group in groups.items()]  # fmt: skip
+            for (exempt, scale), group in groups.items()]
 
 
 def layer_id(name: str, depths: Sequence[int]) -> int:
     """0 for the patch embedding, 1.. for blocks; a merging counts with the block before it."""
     if name.startswith("patch_embed."):
         return 0
-    if found := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
-        return sum(depths[: int(found[1])]) + int(found[2]) + 1
-    if found := re.match(r"layers\.(\d+)\.downsample\.", name):
-        return sum(depths[: int(found[1]) + 1])
-    return sum(depths) + 1
+    found = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
+    if not found:
+        return sum(depths) + 1
+    stage, block = int(found[1]), found[2]
+    return sum(depths[:stage]) + (depths[stage] if block is None else int(block) + 1)
 
 
-def lr_at(
-    t: float, lr: float, start: float, end: float, warmup: float, cosine_from: float, total: float
-) -> float:
+def lr_at(t: float, lr: float, start: float, end: float, warmup: float, cosine_from: float,
+          total: float) -> float:
     """Linear from `start` to `lr` while t < warmup, then a half cosine to `end` at t = total.
-
-    The cosine counts from `cosine_from`: from the end of the warm-up in MAE, from 0 in SimMIM.
-    """
+    The cosine counts from `cosine_from`: from the end of the warm-up in MAE, from 0 in SimMIM."""
     if t < warmup:
         return start + (lr - start) * t / warmup
     progress = (t - cosine_from) / (total - cosine_from)
     return end + (lr - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def apply_gradients(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: float,
-    clip_grad: float | None,
-) -> bool:  # fmt: skip
+def apply_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: float,
+                    clip_grad: float | None) -> bool:
     """Clip and step if the norm of the gradients is finite, else step over them; whether it is."""
     if finite := math.isfinite(norm):
         if clip_grad is not None and norm > clip_grad:
@@ -1130,61 +1020,56 @@ def apply_gradients(
 
 # Settings that name places or machinery: they neither belong to a recipe nor change a result.
 PLACES = ("data_path", "output_dir", "weights", "resume", "num_workers", "device", "compile",
-          "grad_checkpoint", "save_freq", "save_every", "log_every")  # fmt: skip
+          "grad_checkpoint", "save_freq", "save_every", "log_every")
 
 
 def differences(now: dict, then: dict, word: str) -> str:
     """What of `now` is not so `then`, places and machinery aside, in words."""
     return ", ".join(f"{k} {v!r} ({word} {then.get(k)!r})" for k, v in now.items()
-                     if v != then.get(k) and k not in PLACES)  # fmt: skip
+                     if v != then.get(k) and k not in PLACES)
 
 
-def prepare(
-    cfg: RunConfig, process: Process, config: ModelConfig, split: str, crop: Callable, per: int
-) -> tuple[RunConfig, data.TrainLoader, float, dict]:
+def prepare(cfg: RunConfig, process: Process, config: ModelConfig, split: str, crop: Callable,
+            per: int) -> tuple[RunConfig, data.TrainLoader, float, dict]:
     """Config, loader of a split ("" = all images), peak learning rate (cfg.blr is for `per`
     images) and what a checkpoint says of its run, plain values only.
 
-    Without --data_path the config returned is that of a dry run: ten steps, nothing written.
-    """
-    command = "pretrain" if isinstance(cfg, PretrainConfig) else "finetune"
+    Without --data_path the config returned is that of a dry run: ten steps, nothing written."""
+    command, device = "pretrain" if isinstance(cfg, PretrainConfig) else "finetune", process.device
     usual = asdict(configure(command, model=cfg.model, recipe=cfg.recipe))
     if changed := differences(asdict(cfg), usual, "recipe:"):
         process.say(f"differs from the {cfg.recipe} recipe: {changed}")
     if not cfg.data_path:
         # A recipe's batch is made for a GPU.
-        small = process.device.type == "cpu" and cfg.batch_size == usual["batch_size"]
+        small = device.type == "cpu" and cfg.batch_size == usual["batch_size"]
         cfg = replace(cfg, batch_size=8 if small else cfg.batch_size, epochs=1, warmup_epochs=0.0,
-                      output_dir="", resume="none", num_workers=0)  # fmt: skip
+                      output_dir="", resume="none", num_workers=0)
     batch = cfg.batch_size * cfg.accum_iter * process.world_size
     loader = data.TrainLoader(
-        data.open_source(cfg.data_path or f"drawn:{10 * batch}", split), crop,
-        batch_size=cfg.batch_size, seed=cfg.seed, rank=process.rank,
-        world_size=process.world_size, accum_iter=cfg.accum_iter, num_workers=cfg.num_workers,
-        pin_memory=process.device.type == "cuda",
-    )  # fmt: skip
-    lr, source = cfg.blr * batch / per if cfg.lr is None else cfg.lr, loader.source
-    process.say(
-        f"{cfg.model}: {len(source)} images, {len(loader)} steps an epoch; batch "
-        f"{cfg.batch_size} x {cfg.accum_iter} x {process.world_size} processes = {batch}; "
-        f"lr {lr:.3g}" + ("" if cfg.lr is not None else f" = blr {cfg.blr:g} * {batch} / {per}")
-    )
-    settings = asdict(cfg) | {"batch": batch, "images": len(source)}
+        data.open_source(cfg.data_path or f"drawn:{10 * batch}", split), crop, seed=cfg.seed,
+        batch_size=cfg.batch_size, rank=process.rank, world_size=process.world_size,
+        accum_iter=cfg.accum_iter, num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
+    images, lr, rule = len(loader.source), cfg.lr, ""
+    if lr is None:
+        lr, rule = cfg.blr * batch / per, f" = blr {cfg.blr:g} * {batch} / {per}"
+    process.say(f"{cfg.model}: {images} images, {len(loader)} steps an epoch; batch "
+                f"{cfg.batch_size} x {cfg.accum_iter} x {process.world_size} processes = {batch}; "
+                f"lr {lr:.3g}{rule}")
     args = {"script": SCRIPT, "command": command, "model": cfg.model, "config": asdict(config),
-            "classes": list(source.classes), "settings": settings}  # fmt: skip
+            "classes": list(loader.source.classes),
+            "settings": asdict(cfg) | {"batch": batch, "images": images}}
     return cfg, loader, lr, args
 
 
-def resume(
-    cfg: RunConfig, process: Process, args: dict, parts: dict, total: int
-) -> tuple[int, dict, str]:
+def resume(cfg: RunConfig, process: Process, args: dict, parts: dict,
+           total: int) -> tuple[int, dict, str]:
     """Continue from the newest checkpoint, if there is one: fill `parts`; its step, its log, and
     the words that name it. An error rather than a silent fresh start."""
     step, log, good = 0, {"records": [], "epoch": {}}, "there is no good checkpoint yet"
-    paths, problems, file = [Path(cfg.resume)], [], None
-    if cfg.resume in ("auto", "none"):
+    paths, problems, file = [] if cfg.resume == "none" else [Path(cfg.resume)], [], None
+    if cfg.resume == "auto":
         found = Path(cfg.output_dir).glob("checkpoint-*.pth") if cfg.output_dir else ()
-        paths = sorted(found, key=os.path.getmtime, reverse=True) if cfg.resume == "auto" else []
+        paths = sorted(found, key=os.path.getmtime, reverse=True)
     while paths and file is None:
         try:
             file = read_checkpoint(path := paths.pop(0))
@@ -1193,7 +1078,7 @@ def resume(
     if problems and file is None:
         raise InputError(f"no checkpoint can be resumed: {'; '.join(problems)}")
     if file:
-        with blaming(path):
+        with data.blaming(path):
             check_resumable(file, args, parts, total)  # before anything of it is used
             step, log, good = file["step"], file["log"], f"the last good checkpoint is {path}"
             # The options of the groups are this run's; the state of their parameters the file's.
@@ -1203,8 +1088,7 @@ def resume(
                     part.load_state_dict(file[name])
             changed = differences(args["settings"], file["args"]["settings"], "was")
         process.say("; ".join([*problems, f"resumed at step {step} of {total} from {path}"]))
-        if changed:
-            process.say(f"unlike before: {changed}")
+        process.say(changed and f"unlike before: {changed}")
     if process.sum(torch.tensor(float(step), device=process.device)) != step * process.world_size:
         raise InputError("the processes found different checkpoints; all nodes must share a disk")
     return step, log, good
@@ -1218,83 +1102,42 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     # Other values of these would misplace steps, images or parameters.
     keys = ("command", "model", "classes", "seed", "batch", "images", "linear_probe")
     there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
-                   for r in (file["args"], args))  # fmt: skip
+                   for r in (file["args"], args))
     if wrong := differences(here, there, "the file has"):
         raise ValueError(f"cannot resume with {wrong}")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:
         raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
     for name in parts.keys() & {"model", "ema"}:
         check_keys(checked(file[name]), parts[name].state_dict())
-    # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
-    own, found = parts["optimizer"].state_dict(), file["optimizer"]
-    groups = [[list(group["params"]) for group in x["param_groups"]] for x in (own, found)]
-    parameters = [p for group in parts["optimizer"].param_groups for p in group["params"]]
-    if groups[0] != groups[1] or found["state"].keys() - set(range(len(parameters))):
+    own, there = parts["optimizer"], file["optimizer"]
+    mine, found = ([list(group["params"]) for group in optimizer["param_groups"]]
+                   for optimizer in (own.state_dict(), there))
+    if mine != found:
         raise ValueError("its optimizer has other parameters")
-    for i, p in enumerate(parameters if found["state"] else ()):
-        state = checked({f"optimizer state {i} {k}": v for k, v in found["state"][i].items()})
-        wanted = [(shape, torch.float32) for shape in ((), p.shape, p.shape)]  # step, two moments
-        if [(v.shape, v.dtype) for v in state.values()] != wanted:
-            raise ValueError(f"its optimizer state {i} is not of a parameter {tuple(p.shape)}")
-
-
-@contextlib.contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Hold the lock of an output folder, which also proves that one can write there."""
-    lock = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115 - open as long as the run
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise InputError(f"--output_dir {folder}: another run has it, or it is protected") from None
-    except OSError as error:
-        raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from None
-    with file:
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def catching_signals() -> Iterator[list[int]]:
-    """SIGTERM or Ctrl-C, listed as it comes, lets the step in progress end; a second one kills."""
-    caught, previous = [], {}
-
-    def note(number: int, _: object) -> None:
-        caught.append(number)
-        for other in previous:
-            signal.signal(other, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
-        previous = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
+    wanted = {f"{k} of parameter {i}": p if k != "step" else torch.zeros(())
+              for i, p in enumerate(p for group in own.param_groups for p in group["params"])
+              for k in ("step", "exp_avg", "exp_avg_sq")}
+    found = {f"{k} of parameter {i}": v for i, x in there["state"].items() for k, v in x.items()}
+    check_keys(checked(found), wanted if found else {})
 
 
 # ── training loop ─────────────────────────────────────────────────────────────────────
 
-
-class TrainingError(Exception):
+class TrainingError(InputError):
     """Training cannot go on; the message is one sentence to print before exit 1."""
 
+    code = 1
 
-def train(
-    cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoader, args: dict,
-    schedule: Callable[[int, float], float],
-    loss_of: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
-    end_of_epoch: Callable[[int, list[dict]], dict],
-) -> dict:  # fmt: skip
+
+def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoader, args: dict,
+          schedule: Callable[[int, float], float],
+          loss_of: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
+          end_of_epoch: Callable[[int, list[dict]], dict]) -> dict:
     """The loop of `pretrain` and `finetune`; returns the last record of the log.
-
     `parts` (model, optimizer, ema) and `args` make a checkpoint. `schedule(step, lr_scale)` is a
     group's learning rate, `loss_of(net, images, labels, number)` the loss of micro-batch `number`,
-    `end_of_epoch(epoch, records so far)` adds to the record of an epoch.
-    """
+    `end_of_epoch(epoch, records so far)` adds to the record of an epoch."""
     device, output, optimizer = process.device, Path(cfg.output_dir), parts["optimizer"]
     writes = bool(cfg.output_dir) and process.rank == 0
     scaler = torch.amp.GradScaler(device.type, enabled=process.dtype is torch.float16)
@@ -1304,14 +1147,14 @@ def train(
     saved, times, stopping, in_a_row = time.monotonic(), [], False, 0
     with contextlib.ExitStack() as stack:
         if writes:
-            stack.enter_context(only_run(output))
+            stack.enter_context(data.only_run(output))
         step, log, good = resume(cfg, process, args, parts, total)
         net = torch.compile(parts["model"]) if cfg.compile else parts["model"]
         if process.world_size > 1:
             devices = [device] if device.type == "cuda" else None
             net = nn.parallel.DistributedDataParallel(net, devices, gradient_as_bucket_view=True)
-        board = open_board(output, step) if writes else lambda *_: None
-        caught = stack.enter_context(catching_signals())
+        board = open_board(output, step) if writes and step < total else lambda *_: None
+        caught = stack.enter_context(data.catching_signals())
         batches = stack.enter_context(contextlib.closing(loader.batches(step, total)))
         hidden = process.rank > 0 or not sys.stderr.isatty()
         bar = stack.enter_context(tqdm(total=total, initial=step, disable=hidden))
@@ -1350,7 +1193,7 @@ def train(
             bar.update()
             times.append(time.perf_counter() - started)
             news = {"loss": loss, "losses": count, "unreadable": bad, "skipped": not finite,
-                    "seconds": times[-1], "waited": waited}  # fmt: skip
+                    "seconds": times[-1], "waited": waited}
             log["epoch"] = {k: log["epoch"].get(k, 0) + v for k, v in news.items()}
             speed, loss = batch / statistics.median(times[-99:]), loss / max(count, 1)
             if step % cfg.log_every == 0:
@@ -1380,10 +1223,8 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.named_buffers() if k.endswith(names)}
 
 
-def tell_all(
-    process: Process, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-    losses: list[Tensor], mine: list[float],
-) -> list[float]:  # fmt: skip
+def tell_all(process: Process, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+             losses: list[Tensor], mine: list[float]) -> list[float]:
     """[gradient norm, sum and number of finite losses, *mine], the latter summed over processes:
     their one message beside DDP's, and the one host synchronisation of a step."""
     scaler.unscale_(optimizer)
@@ -1399,30 +1240,30 @@ def tell_all(
 
 def summary(log: dict, optimizer: torch.optim.Optimizer) -> dict:
     """An epoch's record from its sums over steps."""
-    sums, rates = log["epoch"], [group["lr"] for group in optimizer.param_groups]
+    sums = log["epoch"]
     return {"epoch": len(log["records"]), "train_loss": sums["loss"] / max(sums["losses"], 1),
-            "train_lr": max(rates), "unreadable_images": int(sums["unreadable"]),
-            "skipped_steps": int(sums["skipped"]),
-            "data_wait": sums["waited"] / sums["seconds"]}  # fmt: skip
+            "train_lr": max(group["lr"] for group in optimizer.param_groups),
+            "unreadable_images": int(sums["unreadable"]), "skipped_steps": int(sums["skipped"]),
+            "data_wait": sums["waited"] / sums["seconds"]}
 
 
 def save_training(cfg: RunConfig, parts: dict, content: dict, whole: bool, good: str) -> str:
     """Write checkpoint-last.pth and, after a `whole` epoch, log.txt and what `save_freq` asks for.
-
     Returns the words that name the last good checkpoint; weights that are not finite are an error.
     """
     for name, value in parts["model"].state_dict().items():
         if not value.isfinite().all():
             raise TrainingError(f"{name} is no longer finite, try a lower learning rate; {good}")
-    output, epoch, paths = Path(cfg.output_dir), content["epoch"], []
+    output, epoch = Path(cfg.output_dir), content["epoch"]
+    paths = [output / "checkpoint-last.pth"]
     if whole:
         lines = "".join(json.dumps(record) + "\n" for record in content["log"]["records"])
-        save_file(output / "log.txt", lambda file: file.write(lines.encode()))
+        data.save_file(output / "log.txt", lambda file: file.write(lines.encode()))
         if epoch % cfg.save_freq == 0 or epoch == cfg.epochs:
-            paths.append(output / f"checkpoint-{epoch - 1}.pth")
+            paths.insert(0, output / f"checkpoint-{epoch - 1}.pth")
     content = {name: part.state_dict() for name, part in parts.items()} | content
-    for path in [*paths, output / "checkpoint-last.pth"]:
-        save_file(path, partial(torch.save, content))
+    for path in paths:
+        data.save_file(path, partial(torch.save, content))
     return f"the last good checkpoint is {path}"
 
 
@@ -1455,23 +1296,19 @@ def open_board(output: Path, step: int) -> Callable[..., None]:
 
 # ── pre-training ──────────────────────────────────────────────────────────────────────
 
-
 def pretrain(cfg: PretrainConfig) -> dict:
     """Pre-train on any tree of images; without --data_path, ten steps on the built-in ones."""
     process = setup_process(cfg.device, cfg.dtype)
     file = read_checkpoint(cfg.weights) if cfg.weights else None
     name, config = choose_config(cfg, file)
-    cfg, dry = replace(cfg, model=name), not cfg.data_path
     shown = draw_plan(config, cfg.mask_ratio, (cfg.seed,))  # of the pictures; checks the ratio
     crop = data.TrainCrop(config.input_size, (cfg.crop_min, 1.0), fast_decode=cfg.fast_decode)
-    cfg, loader, lr, args = prepare(cfg, process, config, "", crop, 256)
+    cfg, loader, lr, args = prepare(replace(cfg, model=name), process, config, "", crop, 256)
 
     torch.manual_seed(cfg.seed)
     model, said = load_weights(partial(GreenMIM, config), cfg.weights, file, cfg.release)
-    if file:
-        process.say(said)
-    for layer in model.encoder.layers:
-        layer.grad_checkpoint = cfg.grad_checkpoint
+    process.say(said and f"{said}; {config.input_size} px, window {config.window_size}")
+    model.encoder.grad_checkpoint = cfg.grad_checkpoint
     groups = parameter_groups(model.to(process.device), cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.95), fused=process.device.type != "mps")
 
@@ -1489,25 +1326,25 @@ def pretrain(cfg: PretrainConfig) -> dict:
         return scale * lr_at(epoch, lr, 0.0, cfg.min_lr, warmup, warmup, cfg.epochs)
 
     def end_of_epoch(epoch: int, _: list[dict]) -> dict:
-        due = (epoch + 1) % cfg.save_freq == 0 or epoch == cfg.epochs - 1
+        due = (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.epochs
         if due and cfg.output_dir and process.rank == 0:
             output, view = Path(cfg.output_dir), data.EvalCrop(config.input_size)
             pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8))
             picture, _ = draw_reconstructions(model, pixels, shown)
-            save_picture(picture, output / f"reconstruction-{epoch}.png")
+            png = partial(picture.save, format="PNG")
+            data.save_file(output / f"reconstruction-{epoch}.png", png)
             backbone = {"model": export_state(model.encoder, "official"), "args": args}
-            save_file(output / "backbone.pth", partial(torch.save, backbone))
+            data.save_file(output / "backbone.pth", partial(torch.save, backbone))
         return {}
 
     parts = {"model": model, "optimizer": optimizer}
     record = train(cfg, process, parts, loader, args, schedule, loss_of, end_of_epoch)
-    if dry:
+    if not cfg.data_path:
         process.say("dry run: to pre-train on your images, give --data_path FOLDER")
     return record
 
 
 # ── fine-tuning ───────────────────────────────────────────────────────────────────────
-
 
 class SwinClassifier(SwinEncoder):
     """Dense Swin with a linear head on the mean token, in Swin's own parameter names."""
@@ -1527,27 +1364,24 @@ class SwinClassifier(SwinEncoder):
 
 
 @torch.no_grad()
-def accuracy(
-    model: nn.Module, process: Process, source: data.ImageFiles, crop: Callable,
-    batch_size: int, num_workers: int | None,
-) -> dict:  # fmt: skip
+def accuracy(model: nn.Module, process: Process, source: data.ImageFiles, crop: Callable,
+             batch_size: int, num_workers: int | None) -> dict:
     """Loss, top-1 and top-5 in percent over a labelled source, each image counted once."""
     model.eval()
     sums = torch.zeros(4, device=process.device)
-    for images, labels, _ in data.eval_batches(
-        source, crop, batch_size=batch_size, rank=process.rank,
-        world_size=process.world_size, num_workers=num_workers,
-    ):  # fmt: skip
+    batches = data.eval_batches(source, crop, batch_size=batch_size, rank=process.rank,
+                                world_size=process.world_size, num_workers=num_workers)
+    for images, labels, _ in batches:
         labels = labels.to(process.device)
         with process.autocast():
             logits = model(data.normalize(images.to(process.device))).float()
         right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        count = torch.tensor(float(len(labels)), device=process.device)
+        count = loss.new_tensor(len(labels))
         sums += torch.stack([loss, right[:, 0].sum(), right.any(1).sum(), count])
     loss, top1, top5, count = process.sum(sums).tolist()
     return {"test_loss": loss / count, "test_acc1": 100 * top1 / count,
-            "test_acc5": 100 * top5 / count, "test_images": int(count)}  # fmt: skip
+            "test_acc5": 100 * top5 / count, "test_images": int(count)}
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
@@ -1556,42 +1390,37 @@ def finetune(cfg: FinetuneConfig) -> dict:
     file = read_checkpoint(cfg.weights) if cfg.weights else None
     name, config = choose_config(cfg, file)
     config = replace(config, release="corrected")  # nothing is masked, and loading reorders
-    cfg, dry = replace(cfg, model=name), not cfg.data_path
+    cfg, side = replace(cfg, model=name), config.input_size
     if cfg.linear_probe:
         cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0)
     if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
         raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
-    try:
+    with data.blaming(f"--aa {cfg.aa}"):
         policy = augment.RandAugment(cfg.aa) if cfg.aa not in ("", "none") else None
-    except ValueError as error:
-        raise InputError(f"--aa: {error}") from None
-    side, scale = config.input_size, (cfg.crop_min, 1.0)
-    crop = data.TrainCrop(side, scale, augment=policy, fast_decode=cfg.fast_decode)
+    crop = data.TrainCrop(side, (cfg.crop_min, 1.0), augment=policy, fast_decode=cfg.fast_decode)
     cfg, loader, lr, args = prepare(cfg, process, config, "train", crop, 512)
     classes = loader.source.classes
-    outputs = cfg.nb_classes or (1000 if dry else len(classes))
-    test = None if dry else data.open_source(cfg.data_path, "val")
-    data.check_classes(classes, test.classes if test else classes, outputs)
+    outputs = cfg.nb_classes or (len(classes) if cfg.data_path else 1000)
+    test = data.open_source(cfg.data_path, "val") if cfg.data_path else loader.source
+    data.check_classes(classes, test.classes, outputs)
     mixup = augment.Mixup(cfg.mixup, cfg.cutmix, smoothing=cfg.smoothing, num_classes=outputs)
 
     torch.manual_seed(cfg.seed)
     make = partial(SwinClassifier, config, outputs, cfg.drop_path)
     model, said = load_weights(make, cfg.weights, file, cfg.release, fresh_head=True)
-    if file:
-        process.say(said)
+    process.say(said and f"{said}; {config.input_size} px, window {config.window_size}")
     if cfg.linear_probe:
         model.requires_grad_(False).head.requires_grad_(True)
-    for layer in model.layers:
-        layer.grad_checkpoint = cfg.grad_checkpoint
+    model.grad_checkpoint = cfg.grad_checkpoint
     model.to(process.device).dense_plan(side, side, process.device)  # before compile traces it
     groups = parameter_groups(model, cfg.weight_decay, config.depths, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr, fused=process.device.type != "mps")
     parts, judged = {"model": model, "optimizer": optimizer}, model
     if cfg.ema:
-        average = swa_utils.get_ema_multi_avg_fn(cfg.ema)
-        ema = swa_utils.AveragedModel(model, multi_avg_fn=average)
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema)
+        parts["ema"] = ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
         optimizer.register_step_post_hook(lambda *_: ema.update_parameters(model))
-        parts, judged = parts | {"ema": ema}, ema.module
+        judged = ema.module
 
     def loss_of(net: nn.Module, images: Tensor, labels: Tensor, number: int) -> Tensor:
         rng = np.random.default_rng((cfg.seed, number, process.rank, 2))
@@ -1608,38 +1437,40 @@ def finetune(cfg: FinetuneConfig) -> dict:
         return lr_at(max(step - 1, 0), lr * scale, start, end, warmup, 0, total)
 
     def end_of_epoch(epoch: int, records: list[dict]) -> dict:
-        if dry or ((epoch + 1) % cfg.test_freq and epoch + 1 < cfg.epochs):
+        if not cfg.data_path or ((epoch + 1) % cfg.test_freq and epoch + 1 < cfg.epochs):
             return {}
         view = data.EvalCrop(side, "simmim")
         result = accuracy(judged, process, test, view, cfg.batch_size, cfg.num_workers)
         best = max((record.get("test_acc1", 0.0) for record in records), default=0.0)
         if result["test_acc1"] >= best and cfg.output_dir and process.rank == 0:
             content = {"model": judged.state_dict(), "args": args, "epoch": epoch} | result
-            save_file(Path(cfg.output_dir) / "best.pth", partial(torch.save, content))
+            data.save_file(Path(cfg.output_dir) / "best.pth", partial(torch.save, content))
         return result
 
     record = train(cfg, process, parts, loader, args, schedule, loss_of, end_of_epoch)
-    if dry:
+    if not cfg.data_path:
         process.say("dry run: to fine-tune, give --data_path FOLDER with train/ and val/<class>/")
     return record
 
 
 # ── other commands ────────────────────────────────────────────────────────────────────
 
-
-def open_model(
-    cfg: UseConfig, whole: bool = False, head: bool = True
-) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
+def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
+               ) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
     """Process, the network of --weights (`whole` = with its decoder, else an encoder or, if the
     file has a head that is wanted, a classifier), what the file says of itself, and the crop."""
     if not cfg.weights:
         raise InputError("give --weights FILE")
     process, file = setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
-    weight = swin_names(file["model"]).get("head.weight") if head else None
-    make = partial(GreenMIM if whole else SwinEncoder, config)
-    if not whole and weight is not None:
-        make = partial(SwinClassifier, config, len(weight))
+    weight = swin_names(file["model"]).get("head.weight")
+    with data.blaming(cfg.weights):
+        if whole:
+            make = partial(GreenMIM, config)
+        elif weight is None or not head:  # whoever has had a head was trained with its eps
+            make = partial(SwinEncoder, config, 1e-6 if weight is None else 1e-5)
+        else:
+            make = partial(SwinClassifier, config, len(weight))
     model, said = load_weights(make, cfg.weights, file, cfg.release)
     size = cfg.input_size or config.input_size
     check_size(size, config.mask_unit)
@@ -1653,17 +1484,13 @@ def load_backbone(path: str | Path) -> SwinEncoder:
 
 
 @torch.no_grad()
-def embed(
-    encoder: SwinEncoder, process: Process, source: data.ImageFiles, crop: Callable,
-    cfg: UseConfig,
-) -> dict[str, Tensor]:  # fmt: skip
+def embed(encoder: SwinEncoder, process: Process, source: data.ImageFiles, crop: Callable,
+          cfg: UseConfig) -> dict[str, Tensor]:
     """All processes' "features" (n, C), with `per_stage` maps "stage0", ... instead (n, C, h, w),
     and the "labels" and "indices" (n,) of their images, on the CPU."""
     found: dict[str, list[Tensor]] = {}
-    batches = data.eval_batches(
-        source, crop, batch_size=cfg.batch_size, rank=process.rank,
-        world_size=process.world_size, num_workers=cfg.num_workers,
-    )  # fmt: skip
+    batches = data.eval_batches(source, crop, batch_size=cfg.batch_size, rank=process.rank,
+                                world_size=process.world_size, num_workers=cfg.num_workers)
     for images, labels, indices in tqdm(batches, disable=not sys.stderr.isatty()):
         with process.autocast():
             maps = encoder.maps(data.normalize(images.to(process.device)))
@@ -1672,20 +1499,17 @@ def embed(
         named = {k: x.float() for k, x in (named or {"features": pooled}).items()}
         for key, value in (named | {"labels": labels, "indices": indices}).items():
             found.setdefault(key, []).append(value.cpu())
-    mine, parts = {k: torch.cat(v) for k, v in found.items()}, [None] * process.world_size
-    if process.world_size == 1:
-        return mine
-    dist.all_gather_object(parts, mine)
-    return {k: torch.cat([part[k] for part in parts]) for k in mine}
+    parts = [{k: torch.cat(v) for k, v in found.items()}] * process.world_size
+    if process.world_size > 1:
+        dist.all_gather_object(parts, parts[process.rank])
+    # Processes beyond the number of images have none.
+    return {k: torch.cat([part[k] for part in parts if part]) for k in parts[0]}
 
 
-def nearest_neighbours(
-    features: Tensor, known: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
-) -> Tensor:
+def nearest_neighbours(features: Tensor, known: Tensor, labels: Tensor, k: int = 20,
+                       temperature: float = 0.07) -> Tensor:
     """(B, C), (n, C), (n,) -> votes (B, classes): each of the k nearest exp(cosine / temperature).
-
-    Weighted k-NN of Wu et al., arXiv 1805.01978, with the k and temperature of DINO.
-    """
+    Weighted k-NN of Wu et al., arXiv 1805.01978, with the k and temperature of DINO."""
     cosine = F.normalize(features, dim=-1) @ F.normalize(known, dim=-1).T
     nearest = cosine.topk(min(k, len(known)))
     votes = torch.zeros(len(features), int(labels.max()) + 1)
@@ -1699,34 +1523,32 @@ def evaluate(cfg: UseConfig) -> dict:
     process, model, args, crop = open_model(cfg)
     source = data.open_source(cfg.data_path, "val")
     if isinstance(model, SwinClassifier):
-        outputs, classes = model.head.out_features, args.get("classes") or source.classes
-        if not args and len(source.classes) != outputs:
-            raise InputError(f"the data has {len(source.classes)} classes, the model {outputs}")
-        data.check_classes(classes, source.classes, outputs)
+        outputs, found = model.head.out_features, source.classes
+        if not args and len(found) != outputs:
+            raise InputError(f"the data has {len(found)} classes, the model {outputs}")
+        data.check_classes(args.get("classes") or found, found, outputs)
         result = accuracy(model, process, source, crop, cfg.batch_size, cfg.num_workers)
     else:
         train = data.open_source(cfg.data_path, "train")
         data.check_classes(train.classes, source.classes, len(train.classes))
         known, asked = (embed(model, process, x, crop, cfg) for x in (train, source))
         votes = torch.cat([nearest_neighbours(part, known["features"], known["labels"])
-                           for part in asked["features"].split(256)])  # fmt: skip
+                           for part in asked["features"].split(256)])
         right = votes.topk(min(5, votes.shape[1])).indices == asked["labels"][:, None]
-        result = {"knn_acc1": 100 * right[:, 0].float().mean().item(),
-                  "knn_acc5": 100 * right.any(1).float().mean().item(),
-                  "test_images": len(right)}  # fmt: skip
+        top1, top5 = (100 * hits.double().mean().item() for hits in (right[:, 0], right.any(1)))
+        result = {"knn_acc1": top1, "knn_acc5": top5, "test_images": len(right)}
     process.say(json.dumps(result))
     return result
 
 
 @torch.no_grad()
-def draw_reconstructions(
-    model: GreenMIM, pixels: Tensor, plan: MaskPlan
-) -> tuple[Image.Image, float]:
+def draw_reconstructions(model: GreenMIM, pixels: Tensor,
+                         plan: MaskPlan) -> tuple[Image.Image, float]:
     """Labelled grid for uint8 (B, 3, S, S): image, what the encoder saw, reconstruction; loss."""
     model.eval()
-    size, device = model.config.mask_unit, model.mask_token.device
+    size, device, label = model.config.mask_unit, model.mask_token.device, "reconstruction"
     plan, images = to_device(plan, device), data.normalize(pixels.to(device))
-    patches, label = patchify(images, size), "reconstruction"
+    patches = patchify(images, size)
     loss, prediction = model(images, plan)
     if model.config.norm_pix_loss:
         _, mean, deviation = normalize_patches(patches[:, plan.hidden])
@@ -1739,24 +1561,19 @@ def draw_reconstructions(
     return data.draw_columns(columns, ("image", "visible", label)), loss.item()
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """`save_file` for a PNG."""
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--output {path}: pictures are written as .png")
-    save_file(path, partial(picture.save, format="PNG"))
-
-
 def reconstruct(cfg: UseConfig) -> dict:
     """PNG grid of images, their visible parts and reconstructions by a pre-trained file."""
+    output = Path(cfg.output or "reconstruction.png")
+    if output.suffix.lower() != ".png":
+        raise InputError(f"--output {output}: pictures are written as .png")
     process, model, args, crop = open_model(cfg, whole=True)
     ratio = args.get("settings", {}).get("mask_ratio", 0.75)
     ratio = ratio if cfg.mask_ratio is None else cfg.mask_ratio
-    plan = draw_plan(model.config, ratio, (cfg.seed,))
-    source, output = data.open_source(cfg.data_path), Path(cfg.output or "reconstruction.png")
+    plan, source = draw_plan(model.config, ratio, (cfg.seed,)), data.open_source(cfg.data_path)
     pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count))
     picture, loss = draw_reconstructions(model, pixels, plan)
     if process.rank == 0:
-        save_picture(picture, output)
+        data.save_file(output, partial(picture.save, format="PNG"))
     process.say(f"wrote {output}: {len(pixels)} images, ratio {ratio}, loss {loss:.4f}")
     return {"output": str(output), "images": len(pixels), "mask_ratio": ratio, "loss": loss}
 
@@ -1768,22 +1585,22 @@ def export(cfg: UseConfig) -> dict:
     output = Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
     write = partial(torch.save, state if cfg.naming == "timm" else {"model": state})
     if output.suffix == ".safetensors":
-        with blaming(output):
+        with data.blaming(output):
             from safetensors.torch import save
 
         write = lambda file: file.write(save(state))  # noqa: E731
-    save_file(output, write)
+    data.save_file(output, write)
     print(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
-          f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")  # fmt: skip
+          f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
     if cfg.naming == "timm":
         names = ("patch_size", "embed_dim", "depths", "num_heads", "window_size")
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         outputs = model.head.out_features if isinstance(model, SwinClassifier) else 0
         print(f"timm.create_model('swin_base_patch4_window7_224', img_size={config.input_size}, "
-              f"{sizes}, num_classes={outputs}) loads it strictly")  # fmt: skip
+              f"{sizes}, num_classes={outputs}) loads it strictly")
     if any(config.side(i) % config.window(i) for i in range(len(config.depths))):
         print("note: timm pads windows that do not divide a map, official Swin refuses them; "
-              "here they are cut, so answers differ")  # fmt: skip
+              "here they are cut, so answers differ")
     return {"output": str(output), "tensors": len(state)}
 
 
@@ -1796,7 +1613,7 @@ def features(cfg: UseConfig) -> dict:
     arrays = {k: v[order].numpy() for k, v in found.items() if k != "labels"}
     arrays["names"] = np.array([source.name(i) for i in indices.tolist()])
     if process.rank == 0:
-        save_file(output, lambda file: np.savez(file, **arrays))
+        data.save_file(output, lambda file: np.savez(file, **arrays))
     process.say(f"wrote {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} to {output}")
     return {"output": str(output)} | {k: list(v.shape) for k, v in arrays.items()}
 
@@ -1805,27 +1622,25 @@ def demo(cfg: UseConfig) -> dict:
     """Pre-train a small model on built-in images; fine-tune it and a from-scratch twin."""
     began, output = time.monotonic(), Path(cfg.output or f"output/{SCRIPT}/demo")
     both = {"model": "demo", "seed": cfg.seed, "device": cfg.device, "num_workers": 1,
-            "resume": "none", "crop_min": 0.6, "lr": 2e-3, "log_every": 1000}  # fmt: skip
+            "resume": "none", "crop_min": 0.6, "log_every": 1000}
     process = setup_process(cfg.device, "auto")
     torch.manual_seed(cfg.seed)
     # The twin starts where pre-training starts, so that only pre-training tells them apart.
     start = {"model": export_state(GreenMIM(MODELS["demo"]).encoder, "official")}
     if process.rank == 0:
-        save_file(output / "start.pth", partial(torch.save, start))
-    pretrain(PretrainConfig(
-        **both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
-        batch_size=64, epochs=6, warmup_epochs=1,
-    ))  # fmt: skip
+        data.save_file(output / "start.pth", partial(torch.save, start))
+    pretrain(PretrainConfig(**both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
+                            batch_size=64, epochs=5, warmup_epochs=1, lr=2e-3))
     result = {}
     for name, weights in (("pretrained", "pretrain/backbone.pth"), ("scratch", "start.pth")):
         tested = finetune(FinetuneConfig(
             **both, data_path="drawn:1000", weights=str(output / weights),
-            output_dir=str(output / name), batch_size=25, epochs=7, warmup_epochs=1.5,
-            layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="", drop_path=0, test_freq=7,
-        ))  # fmt: skip
+            output_dir=str(output / name), batch_size=25, epochs=5, warmup_epochs=1,
+            lr=4e-3, clip_grad=0.3, layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="",
+            drop_path=0, test_freq=5))
         result[f"{name}_acc1"] = round(tested["test_acc1"], 1)
-    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-5.png"),
-               "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-4.png"),
+               "seconds": round(time.monotonic() - began, 1)}
     process.say(json.dumps(result))
     return result
 
@@ -1833,49 +1648,42 @@ def demo(cfg: UseConfig) -> dict:
 # ── command line ──────────────────────────────────────────────────────────────────────
 
 COMMANDS = {
-    "pretrain": (PretrainConfig, pretrain),
-    "finetune": (FinetuneConfig, finetune),
-    "evaluate": (UseConfig, evaluate),
-    "reconstruct": (UseConfig, reconstruct),
-    "export": (UseConfig, export),
-    "features": (UseConfig, features),
-    "demo": (UseConfig, demo),
+    "pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune),
+    **{function.__name__: (UseConfig, function)
+       for function in (evaluate, reconstruct, export, features, demo)},
 }
 
 
 def fit(hint: object, value: object) -> object:
-    """`value`, text of a flag or a Python value, as a field of type `hint` holds it.
-
-    ValueError ends a sentence that begins with the flag: "... does not lie between 0 and 1".
-    """
+    """`value`, text of a flag or a Python value, as a field of type `hint` holds it; ValueError
+    ends a sentence that begins with the flag: "... does not lie between 0 and 1"."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if type(None) in options and value in (None, "none"):
-            return None
-        pair = value.split("x") if isinstance(value, str) else value
-        if tuple[int, int] in options and isinstance(pair, tuple | list) and len(pair) == 2:
-            sides = tuple(fit(options[0], side) for side in pair)
-            return sides if sides[0] != sides[1] else sides[0]
-        return fit(options[0], value)
-    if origin is tuple:
-        return tuple(fit(options[0], item) for item in value)
     if origin is Annotated:
         kind, (low, high) = options
         try:
             number = kind(value)
-            exact = isinstance(value, str) or number == value
         except (TypeError, ValueError, OverflowError):
-            exact = False
-        if not exact:
+            number = None
+        if number is None or (number != value and not isinstance(value, str)):
             raise ValueError(f"is no {'whole ' if kind is int else ''}number")
         if not low <= number <= high:
             raise ValueError(f"does not lie between {low} and {high}")
         return number
+    if origin is tuple:
+        return tuple(fit(options[0], item) for item in value)
     if origin is Literal and value not in options:
         raise ValueError(f"is none of {', '.join(options)}")
-    if origin is None and not isinstance(value, hint):
+    if not options and not isinstance(value, hint):
         raise ValueError(f"is not of type {hint.__name__}")
-    return value
+    if origin is Literal or not options:
+        return value
+    if type(None) in options and value in (None, "none"):  # from here on, hint is a union
+        return None
+    pair = value.split("x") if isinstance(value, str) else value
+    if tuple[int, int] in options and isinstance(pair, tuple | list) and len(pair) == 2:
+        height, width = (fit(options[0], side) for side in pair)
+        return height if height == width else (height, width)
+    return fit(options[0], value)
 
 
 def configure(command: str = "pretrain", **given: object) -> RunConfig | UseConfig:
@@ -1900,7 +1708,7 @@ def configure(command: str = "pretrain", **given: object) -> RunConfig | UseConf
         if asked not in known:
             raise InputError(f"--recipe {asked} is none of {', '.join(known)}")
         if not model and given.get("weights"):
-            with blaming(given["weights"]):
+            with data.blaming(given["weights"]):
                 model, _ = identify(read_checkpoint(given["weights"]))
         recipe = RECIPES.get((command, asked), {})
         model = known_model(model or recipe.get("model") or next(iter(MODELS)))
@@ -1908,21 +1716,18 @@ def configure(command: str = "pretrain", **given: object) -> RunConfig | UseConf
     return kind(**(recipe | given | ({"model": known_model(model)} if model else {})))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
 def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
     """The command's function and its config; a field is a flag, its trailing comment the help."""
     command = argv[0] if argv and not argv[0].startswith("-") else "pretrain"
     config_class, function = COMMANDS.get(command) or configure(command)  # which knows the error
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog=f"{SCRIPT}.py {command}", description=function.__doc__, allow_abbrev=False,
-        epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help",
-    )  # fmt: skip
+        epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help")
+
+    def refuse(message: str) -> typing.NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+    parser.error = refuse  # one sentence
     hints, helps = typing.get_type_hints(config_class), {}
     for base in reversed(config_class.__mro__[:-1]):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
@@ -1940,57 +1745,18 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
     return function, configure(command, **vars(parser.parse_args(flags)))
 
 
-class Unbreakable:
-    """A standard stream that drops what it cannot write: its reader has gone, its disk is full."""
-
-    def __init__(self, stream: typing.TextIO | None) -> None:
-        # A stream that was closed before the start left its number to the next file: to this.
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except UnicodeEncodeError:  # an ASCII console
-            self.write(text.encode("ascii", "backslashreplace").decode())
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):  # drops what is in its buffer, too
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        return len(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command: 0 = done, or stopped by SIGTERM and saved; else one sentence on stderr, and
     2 = the input cannot work, 130 = stopped by Ctrl-C, 1 = anything else."""
-    out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            function, cfg = parse_config(sys.argv[1:] if argv is None else list(argv))
-            function(cfg)
-            if dist.is_initialized():  # on an error others may be waiting: no common farewell then
-                dist.barrier()
-                dist.destroy_process_group()
-            return 0
-        except SystemExit as stopped:  # --help, or SIGTERM
-            return int(stopped.code or 0)
-        except KeyboardInterrupt:
-            code, said = 130, "interrupted"
-        except (InputError, TrainingError, OSError) as error:
-            code, said = 1 if isinstance(error, TrainingError) else 2, str(error)
-        except Exception as error:
-            if sys.flags.dev_mode:
-                raise
-            frames = traceback.extract_tb(error.__traceback__)
-            frame = [f for f in frames if "site-packages" not in f.filename][-1]
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-            place = f"{Path(frame.filename).name}, line {frame.lineno}"
-            code, said = 1, f"{reason} ({place}; python -X dev shows how it came to this)"
-            said = data.worker_death(error) or said
-        print(f"error: {said}", file=sys.stderr)
-        return code
+
+    def work() -> None:
+        function, cfg = parse_config(sys.argv[1:] if argv is None else list(argv))
+        function(cfg)
+        if dist.is_initialized():  # on an error others may be waiting: no common farewell then
+            dist.barrier()
+            dist.destroy_process_group()
+
+    return data.exit_code(work)
 
 
 if __name__ == "__main__":

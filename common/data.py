@@ -20,6 +20,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -49,8 +51,10 @@ def blaming(path: str | Path) -> Generator[None, None, None]:
     """Whatever goes wrong with a file inside becomes one InputError that names it."""
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: refused, {error}") from None
     except Exception as error:  # truncated, foreign and hostile files raise almost anything
         reason = f"{str(error).strip().partition(chr(10))[0][:300]} ({type(error).__name__})"
         if isinstance(error, ImportError):
@@ -642,6 +646,52 @@ def eval_batches(source: ImageFiles, transform: Transform, *, batch_size: int, r
     if mine and len(bad) == len(mine):
         first = next(iter(bad.values()))
         raise InputError(f"none of the {len(mine)} images can be read, the first: {first}")
+
+
+@contextlib.contextmanager
+def catching_signals() -> Generator[list[int], None, None]:
+    """SIGTERM or Ctrl-C, listed as it comes, lets the step in progress end; a second one kills."""
+    caught, previous = [], {}
+
+    def note(number: int, _: object) -> None:
+        caught.append(number)
+        for other in previous:
+            signal.signal(other, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        previous = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Run a command: 0 = done, or stopped by SIGTERM and saved; else one sentence on stderr, and
+    2 = the input cannot work, 130 = stopped by Ctrl-C, 1 = anything else."""
+    out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            work()
+            return 0
+        except SystemExit as stopped:  # --help, or SIGTERM
+            return int(stopped.code or 0)
+        except KeyboardInterrupt:
+            code, said = 130, "interrupted"
+        except (InputError, OSError) as error:
+            code, said = getattr(error, "code", 2), str(error)
+        except Exception as error:
+            if sys.flags.dev_mode:
+                raise
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = ([f for f in frames if "site-packages" not in f.filename] or frames)[-1]
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+            code, said = 1, f"{reason} ({place}; python -X dev shows how it came to this)"
+            said = worker_death(error) or said
+        print(f"error: {said}", file=sys.stderr)
+        return code
 
 
 def _shrink(source: str, target: str, short_side: int, quality: int, name: str) -> str:

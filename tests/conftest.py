@@ -12,7 +12,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-THREADS = int((os.environ.get("OMP_NUM_THREADS") or "0").split(",")[0])  # 0: each test file uses what suits it
+# Of torch, where it is set; 0: each test file uses what suits it.
+THREADS = int((os.environ.get("OMP_NUM_THREADS") or "0").split(",")[0])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,9 +9,12 @@ leaves through the interpreter's usual exit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
+import inspect
 import json
+import math
 import os
 import resource
 import signal
@@ -30,8 +33,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT
+from tests.same import METHODS
 
-METHODS = ("greenmim", "mixmae", "fastmim", "hpvit", "distill_lite")
 SCRIPTS = [importlib.import_module(name) for name in METHODS if (ROOT / f"{name}.py").exists()]
 FIRST = SCRIPTS[0]  # on which tests that need processes and kills run in full
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.SCRIPT)
@@ -118,26 +121,40 @@ def refused(capsys: pytest.CaptureFixture, *argv: object, script: ModuleType = F
 
 
 @contextlib.contextmanager
-def at_step(script: ModuleType, number: int, act: Callable[[], object]) -> Iterator[None]:
-    """Have `act` called in the given optimizer step, counted from 1."""
-    count, apply = 0, script.apply_gradients
+def at_step(
+    script: ModuleType, number: int, act: Callable[[torch.nn.Module], object]
+) -> Iterator[None]:
+    """Have `act` called on the model when the given step begins, counted from 1."""
+    count, copy = 0, script.running_statistics
 
-    def counted(*inputs: object) -> bool:
+    def counted(model: torch.nn.Module) -> dict:
         nonlocal count
         count += 1
         if count == number:
-            act()
-        return apply(*inputs)
+            act(model)
+        return copy(model)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "apply_gradients", counted)
+        patch.setattr(script, "running_statistics", counted)
         yield
 
 
 def stop_after(steps: int, *argv: object, script: ModuleType = FIRST) -> None:
     """Run in this process; SIGTERM arrives during the given step."""
-    with at_step(script, steps, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    with at_step(script, steps, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
         run(*argv, script=script)
+
+
+def skip_steps(script: ModuleType, bad: Callable[[int], bool], patch: pytest.MonkeyPatch) -> None:
+    """Have the gradients of the steps that are `bad`, counted from 1, taken for not finite."""
+    count, apply = 0, script.apply_gradients
+
+    def counted(optimizer: object, scaler: object, norm: float, clip_grad: object) -> bool:
+        nonlocal count
+        count += 1
+        return apply(optimizer, scaler, math.nan if bad(count) else norm, clip_grad)
+
+    patch.setattr(script, "apply_gradients", counted)
 
 
 # ── processes ───────────────────────────────────────────────────────────────────────────
@@ -254,6 +271,12 @@ class Forks:
         self.started.append(Forked(folder))
         return self.started[-1]
 
+    def start_two(self, *argv: object, **options: object) -> list[Forked]:
+        """Two ranks of one group, as torchrun would start them."""
+        group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        return [self.start(*argv, env=group | {"RANK": rank, "LOCAL_RANK": rank}, **options)
+                for rank in (0, 1)]  # fmt: skip
+
     def close(self) -> None:
         for forked in self.started:
             if not forked.ended():
@@ -321,7 +344,10 @@ def play(request: dict) -> None:
 def one_thread() -> Iterator[None]:
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # Where helps of flags come from; it parses the script anew each time, a sixth of a second.
+        patch.setattr(inspect, "getsource", functools.lru_cache(inspect.getsource))
+        yield
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, handler)
 
