@@ -729,7 +729,7 @@ def read_checkpoint(path: str | Path) -> dict:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            return {"model": checked(load_file(path)), "args": {}}
+            return {"model": data.checked(load_file(path)), "args": {}}
         with open(path, "rb") as opened:
             zipped = opened.read(2) == b"PK"  # PyTorch's format since 2020; it checks no CRC
         if zipped:
@@ -746,27 +746,12 @@ def read_checkpoint(path: str | Path) -> dict:
             file = {"model": file}
         if not isinstance(file["model"], dict) or not file["model"]:
             raise ValueError("it holds no state dict, at the top or under 'model'")
-        state = {str(k).removeprefix("module."): v for k, v in checked(file["model"]).items()}
+        state = {str(k).removeprefix("module."): v for k, v in data.checked(file["model"]).items()}
         args = file.get("args")
         args = args if isinstance(args, dict) and "script" in args else {}
         if args and args["script"] != SCRIPT:
             raise ValueError(f"it was written by {args['script']}.py, not by {SCRIPT}.py")
         return file | {"model": state, "args": args}
-
-
-def checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` if all its values are ordinary finite tensors; ValueError names the first other."""
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is no tensor but {type(value).__name__}")
-        plain = value.layout is torch.strided and value.device.type == "cpu"
-        if not plain or value.is_nested or value.is_quantized or value.is_complex():
-            raise ValueError(f"{name} is no ordinary tensor")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"{name} repeats its elements")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{name} is not finite")
-    return state
 
 
 def identify(file: dict) -> tuple[str, ModelConfig]:
@@ -1096,7 +1081,7 @@ def resume(cfg: RunConfig, process: Process, args: dict, parts: dict,
 
 def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     """ValueError unless a run with these `args` can go on from a file: part by part, by name."""
-    lacking = sorted({"step", "log", *parts} - file.keys())
+    lacking = sorted({"step", "epoch", "log", *parts} - file.keys())
     if lacking or "settings" not in file["args"]:
         raise ValueError(f"to resume it lacks {', '.join(lacking)}; --weights can start from it")
     # Other values of these would misplace steps, images or parameters.
@@ -1107,19 +1092,23 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
         raise ValueError(f"cannot resume with {wrong}")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:
         raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
+    records, sums = file["log"]["records"], file["log"]["epoch"].values()
+    fits = len(records) == file["epoch"] and all(isinstance(record, dict) for record in records)
+    if not fits or not all(isinstance(value, int | float) for value in sums):
+        raise ValueError("its log is not that of its epochs")
     for name in parts.keys() & {"model", "ema"}:
-        check_keys(checked(file[name]), parts[name].state_dict())
+        check_keys(data.checked(file[name]), parts[name].state_dict())
     own, there = parts["optimizer"], file["optimizer"]
     mine, found = ([list(group["params"]) for group in optimizer["param_groups"]]
                    for optimizer in (own.state_dict(), there))
-    if mine != found:
+    parameters = [p for group in own.param_groups for p in group["params"]]
+    if mine != found or len(there["state"]) not in (0, len(parameters)):
         raise ValueError("its optimizer has other parameters")
     # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
-    wanted = {f"{k} of parameter {i}": p if k != "step" else torch.zeros(())
-              for i, p in enumerate(p for group in own.param_groups for p in group["params"])
-              for k in ("step", "exp_avg", "exp_avg_sq")}
+    wanted = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
+              for i, p in enumerate(parameters) for k in ("step", "exp_avg", "exp_avg_sq")}
     found = {f"{k} of parameter {i}": v for i, x in there["state"].items() for k, v in x.items()}
-    check_keys(checked(found), wanted if found else {})
+    check_keys(data.checked(found), wanted if there["state"] else {})
 
 
 # ── training loop ─────────────────────────────────────────────────────────────────────
@@ -1153,7 +1142,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
         if process.world_size > 1:
             devices = [device] if device.type == "cuda" else None
             net = nn.parallel.DistributedDataParallel(net, devices, gradient_as_bucket_view=True)
-        board = open_board(output, step) if writes and step < total else lambda *_: None
+        board = data.open_board(output, step) if writes and step < total else lambda *_: None
         caught = stack.enter_context(data.catching_signals())
         batches = stack.enter_context(contextlib.closing(loader.batches(step, total)))
         hidden = process.rank > 0 or not sys.stderr.isatty()
@@ -1275,25 +1264,6 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def open_board(output: Path, step: int) -> Callable[..., None]:
-    """A function (values, step, picture) that writes to TensorBoard where that is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return lambda *_: None
-    writer = SummaryWriter(str(output), purge_step=step)
-
-    def write(values: dict[str, float], step: int, picture: Path | None = None) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        if picture and picture.exists():
-            pixels = np.asarray(Image.open(picture))
-            writer.add_image("reconstruction", pixels, step, dataformats="HWC")
-        writer.flush()
-
-    return write
-
-
 # ── pre-training ──────────────────────────────────────────────────────────────────────
 
 def pretrain(cfg: PretrainConfig) -> dict:
@@ -1331,8 +1301,7 @@ def pretrain(cfg: PretrainConfig) -> dict:
             output, view = Path(cfg.output_dir), data.EvalCrop(config.input_size)
             pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8))
             picture, _ = draw_reconstructions(model, pixels, shown)
-            png = partial(picture.save, format="PNG")
-            data.save_file(output / f"reconstruction-{epoch}.png", png)
+            data.save_picture(picture, output / f"reconstruction-{epoch}.png")
             backbone = {"model": export_state(model.encoder, "official"), "args": args}
             data.save_file(output / "backbone.pth", partial(torch.save, backbone))
         return {}
@@ -1573,7 +1542,7 @@ def reconstruct(cfg: UseConfig) -> dict:
     pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count))
     picture, loss = draw_reconstructions(model, pixels, plan)
     if process.rank == 0:
-        data.save_file(output, partial(picture.save, format="PNG"))
+        data.save_picture(picture, output)
     process.say(f"wrote {output}: {len(pixels)} images, ratio {ratio}, loss {loss:.4f}")
     return {"output": str(output), "images": len(pixels), "mask_ratio": ratio, "loss": loss}
 

@@ -15,6 +15,7 @@ import argparse
 import atexit
 import contextlib
 import fcntl
+import io
 import math
 import os
 import re
@@ -65,6 +66,21 @@ def blaming(path: str | Path) -> Generator[None, None, None]:
         raise InputError(f"{path}: refused, {reason}") from None
 
 
+def checked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` if all its values are ordinary finite tensors; ValueError names the first other."""
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is no tensor but {type(value).__name__}")
+        plain = value.layout is torch.strided and value.device.type == "cpu"
+        if not plain or value.is_nested or value.is_quantized or value.is_complex():
+            raise ValueError(f"{name} is no ordinary tensor")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{name} repeats its elements")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return state
+
+
 def save_file(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Have `write` fill a file so that a crash or a full disk leaves an earlier one whole."""
     path = Path(path)
@@ -81,8 +97,29 @@ def save_file(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
             part.unlink(missing_ok=True)
             raise
     except (OSError, RuntimeError, ValueError) as error:  # torch.save wraps a full disk
+        if death := worker_death(error):  # news that may come anywhere
+            raise death from None
         reason = (str(error.__context__ or error).strip() or repr(error)).partition("\n")[0]
         raise InputError(f"cannot write {path} (an earlier one stays whole): {reason}") from None
+
+
+def open_board(output: Path, step: int) -> Callable[..., None]:
+    """A function (values, step, picture) that writes to TensorBoard where that is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return lambda *_: None
+    writer = SummaryWriter(str(output), purge_step=step)
+
+    def write(values: dict[str, float], step: int, picture: Path | None = None) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        if picture and picture.exists():
+            pixels = np.asarray(Image.open(picture))
+            writer.add_image("reconstruction", pixels, step, dataformats="HWC")
+        writer.flush()
+
+    return write
 
 
 @contextlib.contextmanager
@@ -457,6 +494,13 @@ def draw_columns(columns: torch.Tensor, labels: Sequence[str]) -> Image.Image:
     for k, label in enumerate(labels):
         ImageDraw.Draw(picture).text((k * grid.width // len(columns) + 4, 2), label, fill="black")
     return picture
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """`save_file` for a PNG, encoded first: Pillow would hide why a write failed."""
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    save_file(path, lambda file: file.write(encoded.getvalue()))
 
 
 def normalize(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -19,6 +19,7 @@ THREADS = int((os.environ.get("OMP_NUM_THREADS") or "0").split(",")[0])
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", type=Path, default=GOLDEN, help="folder of <method>/*.npz")
     parser.addoption("--checkpoints", type=Path, default=None, help="folder of published files")
+    parser.addoption("--demo_seeds", type=int, default=1, help="seeds of each demo, up to three")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -597,7 +597,11 @@ def test_text_list(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @each_script
-def test_demo(script: ModuleType, seed: int, tmp_path: Path) -> None:
+def test_demo(
+    script: ModuleType, seed: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if seed >= request.config.getoption("--demo_seeds"):
+        pytest.skip("--demo_seeds 3 runs all three")
     words = [sys.executable, script.__file__, "demo", "--seed", str(seed)]
     done = subprocess.run(
         [*words, "--output", str(tmp_path / "demo")], capture_output=True, text=True, timeout=600
@@ -607,7 +611,8 @@ def test_demo(script: ModuleType, seed: int, tmp_path: Path) -> None:
     assert {"pretrained_acc1", "scratch_acc1", "chance", "picture", "seconds"} <= result.keys()
     assert result["pretrained_acc1"] - result["scratch_acc1"] >= 5
     assert result["chance"] == 10
-    assert result["seconds"] < (240 if script.SCRIPT == "distill_lite" else 120)
+    # Twice what is promised of a machine that has nothing else to do.
+    assert result["seconds"] < (480 if script.SCRIPT == "distill_lite" else 240)
     Image.open(result["picture"]).verify()
 
 
@@ -699,19 +704,27 @@ def test_too_many_unreadable_images_stop(
 # ── stopped and resumed ─────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(scope="module")
+def whole(
+    photos: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Output folder of each short run that nobody stops."""
+    output = tmp_path_factory.mktemp("whole")
+    run(*short(photos, output, command="finetune"))
+    return {"pretrain": pretrained, "finetune": output}
+
+
 @each_training
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_steps_and_resume_equal_the_whole(
-    command: str, steps: int, photos: Path, tmp_path: Path
+    command: str, steps: int, photos: Path, whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    for name, extra in (("whole", ()), ("parts", ())):
-        words = short(photos, tmp_path / name, *extra, command=command)
-        if name == "parts":
-            stop_after(steps, *words)
-            assert last(tmp_path / name)["step"] == steps
-        run(*words)
-        assert last(tmp_path / name)["step"] == 6
-    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    words = short(photos, tmp_path / "parts", command=command)
+    stop_after(steps, *words)
+    assert last(tmp_path / "parts")["step"] == steps
+    run(*words)
+    assert last(tmp_path / "parts")["step"] == 6
+    assert_same_end(whole[command], tmp_path / "parts")
 
 
 @pytest.mark.parametrize("script", scripts.SCRIPTS[1:], ids=lambda script: script.SCRIPT)
@@ -1145,6 +1158,7 @@ def test_twenty_nan_steps_stop_the_run(sick: TwoProcesses, tmp_path: Path) -> No
     for said in map(error_line, sick.err):
         assert "20 steps" in said
     assert f"the last good checkpoint is {output}" in sick.err[0]
+    assert "no good checkpoint" not in sick.err[1], "there is one, whoever wrote it"
     file = last(output)
     assert finite(file["model"]) and file["step"] >= 7
 

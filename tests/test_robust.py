@@ -281,7 +281,7 @@ def test_killed_worker_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_training_outlives_its_streams(
-    forks: Forks, uninterrupted: dict[str, Path], tmp_path: Path
+    forks: Forks, photos: Path, pretrained: Path, tmp_path: Path
 ) -> None:
     """A reader that goes away, a full disk, closed streams: all train on to the end."""
     os.mkfifo(tmp_path / "pipe")
@@ -293,8 +293,8 @@ def test_training_outlives_its_streams(
     if not Path("/dev/full").exists():
         del cases["both_full"]
     runs = {
-        name: forks.start(*LONG["pretrain"], "--save_every", 30, "--log_every", 1, "--num_workers",
-                          2 if name == "head" else 0, "--output_dir", tmp_path / name, **streams)
+        name: forks.start(*short(photos, tmp_path / name, "--log_every", 1, "--num_workers",
+                                 2 if name == "head" else 0), **streams)
         for name, streams in cases.items()
     }  # fmt: skip
     with open(tmp_path / "pipe") as pipe:
@@ -302,7 +302,7 @@ def test_training_outlives_its_streams(
     for name, running in runs.items():
         assert running.wait() == 0, (name, running.err)
         assert running.all_gone() and running.err == ""
-        assert_same_end(uninterrupted["pretrain"], tmp_path / name)
+        assert_same_end(pretrained, tmp_path / name)
 
 
 def test_errors_without_a_stream_to_say_them(forks: Forks, tmp_path: Path) -> None:
@@ -921,7 +921,7 @@ def test_killed_rank_ends_the_other(rank: int, forks: Forks, tmp_path: Path) -> 
     output = tmp_path / "out"
     words = [*LONG["pretrain"], "--epochs", 50, "--batch_size", 2, "--output_dir", output]
     both = forks.start_two(*words, code=SLOW + MAIN)
-    reached(both[0], output)
+    reached(both[0], output, 1)
     os.kill(both[rank].pid, signal.SIGKILL)
     assert both[1 - rank].wait(60) in (1, 2)
     sentence(both[1 - rank])
@@ -931,12 +931,12 @@ def test_killed_rank_ends_the_other(rank: int, forks: Forks, tmp_path: Path) -> 
 def test_error_on_one_rank_ends_the_other(forks: Forks, tmp_path: Path) -> None:
     """Rank 0 finds the folder locked by another run; rank 1 must not wait for it."""
     output = tmp_path / "out"
-    words = [*LONG["pretrain"], "--epochs", 50, "--batch_size", 2, "--output_dir", output]
+    words = [*LONG["pretrain"], "--epochs", 50, "--output_dir", output]
     first = reached(forks.start(*words, code=SLOW + MAIN), output, 1)
-    both = forks.start_two(*words)
+    both = forks.start_two(*words, "--batch_size", 2)  # the same global batch
     codes = [running.wait(60) for running in both]
     assert codes[0] == 2 and "another run" in sentence(both[0])
-    assert codes[1] in (1, 2) and sentence(both[1])
+    assert codes[1] in (1, 2) and "cannot resume" not in sentence(both[1])
     os.kill(first.pid, signal.SIGKILL)
 
 
@@ -944,7 +944,7 @@ def test_sigterm_to_one_rank_stops_both(forks: Forks, tmp_path: Path) -> None:
     output = tmp_path / "out"
     words = [*LONG["pretrain"], "--epochs", 50, "--batch_size", 2, "--output_dir", output]
     both = forks.start_two(*words, code=SLOW + MAIN)
-    os.kill(reached(both[0], output).pid, signal.SIGTERM)
+    os.kill(reached(both[0], output, 1).pid, signal.SIGTERM)
     assert [running.wait(60) for running in both] == [0, 0]
     assert [running.err for running in both] == ["", ""]
     assert last(output)["step"] == int(re.search(r"stopped after step (\d+)", both[0].out)[1])

@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
-    "greenmim.py": 1600, "mixmae.py": 1550, "hpvit.py": 1550, "distill_lite.py": 1850,
+    "greenmim.py": 1740, "mixmae.py": 1550, "hpvit.py": 1550, "distill_lite.py": 1850,
     "fastmim.py": 2000,
 }  # fmt: skip
 COMMON_LINES = 1200  # all modules together
@@ -63,10 +63,10 @@ DIFFERENT = {
 }  # fmt: skip
 # What runs any method: in every script, the same text, and no method is named in it.
 RUNNING = {
-    "SCRIPT", "RunConfig", "FileConfig", "known_model", "check_size", "read_checkpoint", "checked",
+    "SCRIPT", "RunConfig", "FileConfig", "known_model", "check_size", "read_checkpoint",
     "choose_config", "check_keys", "Process", "setup_process", "parameter_groups", "lr_at",
     "apply_gradients", "PLACES", "prepare", "resume", "check_resumable", "TrainingError", "train",
-    "running_statistics", "tell_all", "summary", "save_training", "memory_gb", "open_board",
+    "running_statistics", "tell_all", "summary", "save_training", "memory_gb",
     "accuracy", "nearest_neighbours", "features", "COMMANDS", "fit", "configure", "parse_config",
     "main",
 }  # fmt: skip
