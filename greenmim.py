@@ -1138,6 +1138,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
         if writes:
             stack.enter_context(data.only_run(output))
         step, log, good = resume(cfg, process, args, parts, total)
+        first = step
         net = torch.compile(parts["model"]) if cfg.compile else parts["model"]
         if process.world_size > 1:
             devices = [device] if device.type == "cuda" else None
@@ -1176,7 +1177,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
             if not finite:
                 parts["model"].load_state_dict(before, strict=False)
             in_a_row = 0 if finite else in_a_row + 1
-            if in_a_row == min(20, total):
+            if in_a_row == min(20, total - first):
                 raise TrainingError(f"{in_a_row} steps without a finite gradient; {good}")
             step += 1
             bar.update()
@@ -1196,9 +1197,9 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 log = {"records": [*log["records"], record], "epoch": {}}
                 process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
                 board(record, step, output / f"reconstruction-{record['epoch']}.png")
-            if writes and (step % per_epoch == 0 or due or stopping):
+            if cfg.output_dir and (step % per_epoch == 0 or due or stopping):
                 content = {"epoch": step // per_epoch, "step": step, "args": args, "log": log}
-                good = save_training(cfg, parts, content, step % per_epoch == 0, good)
+                good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
                 saved = time.monotonic()
         if stopping and step < total:
             process.say(f"stopped after step {step}; the same command continues: {good}")
@@ -1236,10 +1237,11 @@ def summary(log: dict, optimizer: torch.optim.Optimizer) -> dict:
             "data_wait": sums["waited"] / sums["seconds"]}
 
 
-def save_training(cfg: RunConfig, parts: dict, content: dict, whole: bool, good: str) -> str:
-    """Write checkpoint-last.pth and, after a `whole` epoch, log.txt and what `save_freq` asks for.
-    Returns the words that name the last good checkpoint; weights that are not finite are an error.
-    """
+def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, whole: bool,
+                  good: str) -> str:
+    """Have rank 0 write checkpoint-last.pth and, after a `whole` epoch, log.txt and what
+    `save_freq` asks for. Returns the words that name the last good checkpoint, on every rank;
+    weights that are not finite are an error."""
     for name, value in parts["model"].state_dict().items():
         if not value.isfinite().all():
             raise TrainingError(f"{name} is no longer finite, try a lower learning rate; {good}")
@@ -1247,13 +1249,14 @@ def save_training(cfg: RunConfig, parts: dict, content: dict, whole: bool, good:
     paths = [output / "checkpoint-last.pth"]
     if whole:
         lines = "".join(json.dumps(record) + "\n" for record in content["log"]["records"])
-        data.save_file(output / "log.txt", lambda file: file.write(lines.encode()))
+        if process.rank == 0:
+            data.save_file(output / "log.txt", lambda file: file.write(lines.encode()))
         if epoch % cfg.save_freq == 0 or epoch == cfg.epochs:
             paths.insert(0, output / f"checkpoint-{epoch - 1}.pth")
     content = {name: part.state_dict() for name, part in parts.items()} | content
-    for path in paths:
+    for path in paths if process.rank == 0 else ():
         data.save_file(path, partial(torch.save, content))
-    return f"the last good checkpoint is {path}"
+    return f"the last good checkpoint is {paths[-1]}"
 
 
 def memory_gb(device: torch.device) -> float:

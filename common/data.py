@@ -130,6 +130,8 @@ def only_run(folder: Path) -> Generator[None, None, None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(lock, "w")  # noqa: SIM115 - open as long as the run
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_ino != os.stat(lock).st_ino:
+            raise BlockingIOError  # a run that ended meanwhile took this lock file with it
     except (BlockingIOError, PermissionError):
         raise InputError(f"--output_dir {folder}: another run has it, or it is protected") from None
     except OSError as error:

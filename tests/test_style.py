@@ -63,12 +63,10 @@ DIFFERENT = {
 }  # fmt: skip
 # What runs any method: in every script, the same text, and no method is named in it.
 RUNNING = {
-    "SCRIPT", "RunConfig", "FileConfig", "known_model", "check_size", "read_checkpoint",
-    "choose_config", "check_keys", "Process", "setup_process", "parameter_groups", "lr_at",
-    "apply_gradients", "PLACES", "prepare", "resume", "check_resumable", "TrainingError", "train",
-    "running_statistics", "tell_all", "summary", "save_training", "memory_gb",
-    "accuracy", "nearest_neighbours", "features", "COMMANDS", "fit", "configure", "parse_config",
-    "main",
+    "SCRIPT", "RunConfig", "FileConfig", "known_model", "read_checkpoint", "choose_config",
+    "Process", "setup_process", "parameter_groups", "lr_at", "apply_gradients", "PLACES",
+    "prepare", "resume", "check_resumable", "TrainingError", "train", "save_training", "accuracy",
+    "nearest_neighbours", "features", "COMMANDS", "fit", "configure", "parse_config", "main",
 }  # fmt: skip
 METHOD_WORDS = (
     "greenmim", "mixmae", "mixmim", "fastmim", "hpvit", "distill", "swin", "hiera", "vit",
