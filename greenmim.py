@@ -1607,9 +1607,9 @@ def demo(cfg: UseConfig) -> dict:
     for name, weights in (("pretrained", "pretrain/backbone.pth"), ("scratch", "start.pth")):
         tested = finetune(FinetuneConfig(
             **both, data_path="drawn:1000", weights=str(output / weights),
-            output_dir=str(output / name), batch_size=25, epochs=5, warmup_epochs=1,
-            lr=4e-3, clip_grad=0.3, layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="",
-            drop_path=0, test_freq=5))
+            output_dir=str(output / name), batch_size=25, epochs=4, warmup_epochs=1,
+            lr=4e-3, clip_grad=0.5, layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="",
+            drop_path=0, ema=0.97, test_freq=4))
         result[f"{name}_acc1"] = round(tested["test_acc1"], 1)
     result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-4.png"),
                "seconds": round(time.monotonic() - began, 1)}
