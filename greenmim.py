@@ -589,6 +589,7 @@ class SwinEncoder(nn.Module):
         self.norm = nn.LayerNorm(self.channels[-1], eps)
         self.dense_plans: dict[tuple, MaskPlan] = {}
         self.grad_checkpoint = False
+
     def dense_plan(self, height: int, width: int, device: torch.device) -> MaskPlan:
         """The plan with nothing masked for images of that many pixels, kept by size.
 
