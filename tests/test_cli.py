@@ -1205,6 +1205,17 @@ def test_a_short_run_of_nothing_finite_is_an_error(
     for path in (tmp_path / "out").glob("*.pth"):
         assert finite(load(path)["model"])
 
+def test_the_bad_rest_of_a_resumed_run_is_an_error(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty steps need not be left: it is enough that none since the start of the process took."""
+    words = short(photos, tmp_path / "out", "--epochs", 1)
+    run(*words)
+    skip_steps(greenmim, lambda number: True, monkeypatch)
+    assert greenmim.main(short(photos, tmp_path / "out", "--epochs", 2)) == 1
+    assert "3 steps without a finite gradient" in error_line(capsys.readouterr().err)
+    assert last(tmp_path / "out")["step"] == 3
+
 
 def test_huge_rate_names_a_finite_checkpoint(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
