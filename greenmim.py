@@ -514,14 +514,14 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, *plan: grouping.GroupPlan) -> Tensor:
+    def forward(self, x: Tensor, *plan: object) -> Tensor:
         dropped = self.drop_path if self.training else 0.0
         x = x + drop_path(self.attn(self.norm1(x), *plan), dropped)  # Eq. (2)
         return x + drop_path(self.mlp(self.norm2(x)), dropped)  # Eq. (3)
 
 
 class PatchEmbed(nn.Module):
-    """Eq. (1): the stride-4 convolution as a matrix product, on the visible patches only."""
+    """Eq. (1): the convolution with stride as a matrix product, on the patches that are listed."""
 
     def __init__(self, patch_size: int, dim: int, eps: float) -> None:
         super().__init__()
@@ -537,7 +537,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Eq. (4): a visible 2x2 block becomes one token; units are whole, so blocks are too."""
+    """Eq. (4): a 2x2 block of tokens becomes one; `merge` (N,) lists them block by block."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -743,10 +743,10 @@ def read_checkpoint(path: str | Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols and exotic tensors
             file = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
-            file = {"model": file}
+        keys = [k for k in ("model", "state_dict") if isinstance(file, dict) and k in file]
+        file = file | {"model": file[keys[0]]} if keys else {"model": file}
         if not isinstance(file["model"], dict) or not file["model"]:
-            raise ValueError("it holds no state dict, at the top or under 'model'")
+            raise ValueError("it holds no state dict, at the top, under 'model' or 'state_dict'")
         state = {str(k).removeprefix("module."): v for k, v in data.checked(file["model"]).items()}
         args = file.get("args")
         args = args if isinstance(args, dict) and "script" in args else {}
@@ -957,12 +957,15 @@ def setup_process(device: str, dtype: str) -> Process:
     return Process(rank, world_size, chosen, kinds[dtype])
 
 
+UNDECAYED = (".bias", "bias_table", "token")  # ends of names, beside all vectors
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
                      layer_decay: float = 1.0) -> list[dict]:
-    """AdamW groups: no decay for vectors, biases, tables and tokens; `lr_scale` by layer."""
+    """AdamW groups: no decay for vectors and UNDECAYED names; `lr_scale` by layer."""
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or name.endswith((".bias", "bias_table")) or "token" in name
+        exempt = parameter.ndim <= 1 or name.endswith(UNDECAYED)
         scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
         if parameter.requires_grad:
             groups.setdefault((exempt, scale), []).append(parameter)
@@ -1451,13 +1454,13 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size)
 
 
-def load_backbone(path: str | Path) -> SwinEncoder:
+def load_backbone(path: str | Path) -> nn.Module:
     """Encoder with the weights of any file that this script reads: .maps, .channels, .strides."""
     return open_model(UseConfig(weights=str(path), device="cpu"), head=False)[1]
 
 
 @torch.no_grad()
-def embed(encoder: SwinEncoder, process: Process, source: data.ImageFiles, crop: Callable,
+def embed(encoder: nn.Module, process: Process, source: data.ImageFiles, crop: Callable,
           cfg: UseConfig) -> dict[str, Tensor]:
     """All processes' "features" (n, C), with `per_stage` maps "stage0", ... instead (n, C, h, w),
     and the "labels" and "indices" (n,) of their images, on the CPU."""
@@ -1495,7 +1498,7 @@ def evaluate(cfg: UseConfig) -> dict:
     nearest neighbours of its features in train/<class>/."""
     process, model, args, crop = open_model(cfg)
     source = data.open_source(cfg.data_path, "val")
-    if isinstance(model, SwinClassifier):
+    if hasattr(model, "head"):
         outputs, found = model.head.out_features, source.classes
         if not args and len(found) != outputs:
             raise InputError(f"the data has {len(found)} classes, the model {outputs}")
@@ -1643,7 +1646,8 @@ def fit(hint: object, value: object) -> object:
             raise ValueError(f"does not lie between {low} and {high}")
         return number
     if origin is tuple:
-        return tuple(fit(options[0], item) for item in value)
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(fit(options[0], item) for item in items)
     if origin is Literal and value not in options:
         raise ValueError(f"is none of {', '.join(options)}")
     if not options and not isinstance(value, hint):
