@@ -296,7 +296,9 @@ def test_every_command(
     answer = do("reconstruct", *whole, "--data_path", photos, "--output", tmp_path / "r.png")
     assert math.isfinite(answer["loss"]) and answer["images"] == 8
     answer = do("export", *head[:2], "--output", tmp_path / "e.pth")
-    assert answer == {"output": str(tmp_path / "e.pth"), "tensors": len(load(tmp_path / "e.pth"))}
+    state = load(tmp_path / "e.pth")
+    count = len(state.get("model", state))
+    assert answer == {"output": str(tmp_path / "e.pth"), "tensors": count}
     encoder = script.load_backbone(tmp_path / "a" / "backbone.pth")
     sizes = [tuple(x.shape[:2]) for x in encoder.maps(torch.zeros(2, 3, 64, 64))]
     assert len(sizes) == len(encoder.strides) == len(encoder.channels)
