@@ -12,7 +12,8 @@ taken apart, mask tokens fill the holes, and a light ViT decoder reconstructs bo
 is a unit of 32 px, as large as one token of the last stage (a patch, which is embedded, has 4 px):
 a 2x2 block is of one image as a whole, and merging just works. Unlike in MAE all images of a batch
 share one mask, and image i is mixed with image B-1-i. Of this pair each unit is visible in one
-mixture, and reconstructed from the other: exactly once.
+mixture, and reconstructed from the other: exactly once. What is predicted of an image depends on
+that image alone; its partner only fills the holes.
 
     z_i = x_i where m = 0, x_(B-1-i) where m = 1       x an image, m the mask, 1 = hidden (0)
     x = norm(embed(patches of z)) + position                                              (1)
@@ -46,8 +47,9 @@ Paper, released code, and here:
     none. Here they are an option, off by default: a vector for each source and stage (ours).
   - Released code works out the whole prediction and uses half; here half is worked out. It adds
     -1e30 where M is -inf here, and keeps M in stages of one window: the same but for rounding.
-  - In a batch of odd size the middle image is mixed with itself, and so is one alone: nothing of
-    it is hidden then. As released; the log says so.
+  - In a batch of odd size the middle image is mixed with itself, and so is one alone: as released,
+    and the log says so. No harm is done: by M its two parts are as strange to each other as two
+    images are.
   - The released decay of learning rates gives the head that of the last block; kept. So is weight
     decay of the mask token and of the tables of R, which a list that nobody reads would exempt.
 
@@ -293,9 +295,13 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     if isinstance(config.input_size, tuple):
         raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
     check_size(config.input_size, config.mask_unit)
+    widths = [config.embed_dim * 2**i for i in range(len(config.depths))] + [config.decoder_dim]
+    heads = [*config.num_heads, config.decoder_num_heads]
+    if len(heads) != len(widths) or any(w % h for w, h in zip(widths, heads, strict=True)):
+        raise InputError(f"heads {heads} do not divide the widths {widths} of stages and decoder")
     if len(config.window_size) != len(config.depths):
         raise InputError(f"--window_size {config.window_size}: give {len(config.depths)}, one a "
-                         "stage, as in 14,14,14,7")
+                         f"stage, as in {','.join(map(str, base.window_size))}")
     check_windows(config)
     return config
 
@@ -306,19 +312,18 @@ def check_windows(config: ModelConfig) -> None:
         there = replace(config, input_size=size)
         return all(there.side(i) % there.window(i) == 0 for i in range(len(there.depths)))
 
-    size, unit = config.input_size, config.mask_unit
-    if not fits(size):
-        sizes = sorted((s for s in range(unit, 2 * size, unit) if fits(s)),
-                       key=lambda s: abs(s - size))[:2]
-        near = []
-        for stage, asked in enumerate(config.window_size):
-            side = config.side(stage)
-            near.append(min((w for w in range(1, side + 1) if side % w == 0),
-                            key=lambda w: abs(w - asked)))
-        raise InputError(
-            f"windows {config.window_size} do not divide maps of {config.input_size} px; the "
-            f"nearest that do are --window_size {','.join(map(str, near))}, or --input_size "
-            f"{' or '.join(map(str, sizes))}")
+    size, unit, near = config.input_size, config.mask_unit, []
+    if fits(size):
+        return
+    for stage, asked in enumerate(config.window_size):
+        side = config.side(stage)
+        divisors = [w for w in range(1, side + 1) if side % w == 0]
+        near.append(str(min(divisors, key=lambda w: abs(w - asked))))
+    sizes = [str(s) for s in range(2 * unit, 2 * size, unit) if fits(s)]
+    sizes = " or ".join(sorted(sizes, key=lambda s: abs(int(s) - size))[:2])
+    near = ",".join(near) + (f", or --input_size {sizes}" if sizes else "")
+    raise InputError(f"windows {config.window_size} do not divide the maps of {size} px; the "
+                     f"nearest that do: --window_size {near}")
 
 
 def check_size(size: Pixels, unit: int) -> None:
@@ -372,8 +377,8 @@ class MixPlan:
 
 
 def plan_mix(config: ModelConfig, mask: np.ndarray) -> MixPlan:
-    """Plan for `mask`, bool (rows, columns) of units or flat (U,) for a square, True = hidden.
-    Raises ValueError if the mask is of another size."""
+    """Plan for `mask`, bool (rows, columns) of units, or flat (U,) for a square of the model's
+    size, else ValueError; True = hidden."""
     mask = np.asarray(mask, bool)
     if mask.ndim < 2 and mask.size != config.units**2:
         raise ValueError(f"the mask has {mask.size} units, the model {config.units**2}")
@@ -813,6 +818,9 @@ def identify(file: dict) -> tuple[str, ModelConfig]:
     if args:
         hints = typing.get_type_hints(ModelConfig, include_extras=True)
         config = ModelConfig(**{k: fit(hint, args["config"][k]) for k, hint in hints.items()})
+        table = state.get("absolute_pos_embed")
+        if table is not None and table.shape[1:2] != (config.side(0) ** 2,):  # else it is stretched
+            raise ValueError(f"its args say {config.input_size} px, its tables do not")
         return known_model(str(args["model"])), model_config(config)
     table = "layers.{}.blocks.{}.attn.relative_position_bias_table"
     counts = [sum(table.format(i, j) in state for j in range(99)) for i in range(8)]
@@ -883,11 +891,13 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
         elif "decoder_pred.weight" not in state:
             raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
         tables = [k for k in own if k.endswith(("bias_table", "pos_embed")) and k in state
-                  and state[k].ndim == own[k].ndim and state[k].shape != own[k].shape]
+                  and state[k].ndim == own[k].ndim and state[k].shape != own[k].shape
+                  and state[k].mT.shape[:-1] == own[k].mT.shape[:-1]]  # other numbers of rows
         for key in tables:
-            side = math.isqrt(own[key].shape[-2])
-            rows = stretch(state[key].reshape(-1, state[key].shape[-1]), (side, side))
-            state[key] = rows.reshape(own[key].shape) if rows.numel() == own[key].numel() else rows
+            if key.endswith("bias_table") and len(state[key]) % 2 == 0:
+                raise ValueError(f"{key} of {len(state[key])} rows is of no window")
+            rows, side = state[key].flatten(0, -2), math.isqrt(own[key].shape[-2])
+            state[key] = stretch(rows, (side, side)).reshape(own[key].shape)
         if tables:
             notes.append(f"{len(tables)} position tables interpolated")
         head = [k for k in ("head.weight", "head.bias") if k in own]
@@ -1362,8 +1372,9 @@ def pretrain(cfg: PretrainConfig) -> dict:
 
 def odd_batch(size: int) -> str:
     """What mixing means for a batch of that many images, if it is not as it should be."""
-    what = "the image is" if size == 1 else "one image of each batch is"
-    return size % 2 and f"a batch of {size} is odd: {what} mixed with itself, nothing hidden"
+    what = "the image is" if size == 1 else "the middle image of each batch is"
+    said = f"a batch of {size} is odd: {what} mixed with itself, of which the mask still hides half"
+    return said if size % 2 else ""
 
 
 # ── fine-tuning ───────────────────────────────────────────────────────────────────────
@@ -1479,9 +1490,10 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
     process, file = setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
     weight = official_names(file["model"]).get("head.weight")
-    make = partial(MixMAE if whole else MixEncoder, config)
-    if weight is not None and head and not whole:
-        make = partial(MixClassifier, config, len(weight))
+    with data.blaming(cfg.weights):
+        make = partial(MixMAE if whole else MixEncoder, config)
+        if weight is not None and head and not whole:
+            make = partial(MixClassifier, config, len(weight))
     model, said = load_weights(make, cfg.weights, file)
     size = cfg.input_size or config.input_size
     check_size(size, config.mask_unit)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,11 +41,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import greenmim
+import mixmae
 from common import data, grouping
 
 WARM_UP = 2
 MASK_RATIO = 0.75
-RELEASED_GFLOP = {"swin_b": 24.5}  # per image through the released code, forward and backward
+# Per image through the released code, forward and backward.
+RELEASED_GFLOP = {("greenmim", "swin_b"): 24.5, ("mixmae", "swin_b"): 114.0}
 
 # ── measuring ─────────────────────────────────────────────────────────────────────────
 
@@ -158,7 +161,8 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
     """A row of a method's table, and the numbers to compare rows by."""
     device, batch, size = process.device, args.batch_size, work.input_size
     pixels = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
-    groups = greenmim.parameter_groups(work.model.train(), 0.05)
+    parameters = work.model.train().parameters()
+    groups = [{"params": list(parameters), "weight_decay": 0.05, "lr_scale": 1.0}]
     optimizer = torch.optim.AdamW(groups, 1e-4, (0.9, 0.95), fused=True)
     step = partial(run_step, work, optimizer, process, pixels=pixels)
     splits, rates = [], [product_rate(process)]
@@ -222,7 +226,8 @@ def greenmim_work(args: argparse.Namespace, device: torch.device) -> Workload:
     return Workload(
         f"GreenMIM, {config.input_size} px", model, config.input_size,
         plan=lambda number: greenmim.draw_plan(config, MASK_RATIO, (0, number, 0, 1)),
-        loss=lambda images, plan: model(images, plan)[0], gflop=RELEASED_GFLOP.get(args.model),
+        loss=lambda images, plan: model(images, plan)[0],
+        gflop=RELEASED_GFLOP.get(("greenmim", args.model)),
     )  # fmt: skip
 
 
@@ -239,8 +244,48 @@ def dense_work(args: argparse.Namespace, device: torch.device, small: bool) -> W
     )  # fmt: skip
 
 
+def in_one_part(plan: mixmae.MixPlan) -> mixmae.MixPlan:
+    """The plan with a mask where a stage of one window attends to each source by itself."""
+    spans = []
+    for stage in range(len(plan.spans)):
+        parts = plan.spans[stage]
+        if len(parts) == 2:
+            window = math.isqrt(len(plan.places[stage]))
+            _, (whole,) = mixmae.plan_stage(np.zeros((window, window), np.int64), window)
+            tokens = np.argsort(plan.places[stage])  # in each slot
+            source = np.arange(len(tokens)) >= parts[1].start
+            apart = (source[:, None] != source)[None, None]
+            parts = [mixmae.Span(0, 1, whole.index[np.ix_(tokens, tokens)], apart)]
+        spans.append(parts)
+    return replace(plan, spans=spans)
+
+
+def mixmae_work(args: argparse.Namespace, device: torch.device, masked: bool) -> Workload:
+    config = mixmae.MODELS[mixmae.known_model(args.model)]
+    model, change = mixmae.MixMAE(config).to(device), in_one_part if masked else lambda plan: plan
+    return Workload(
+        f"MixMAE, {config.input_size} px{', masked in every stage' * masked}", model,
+        config.input_size,
+        plan=lambda number: change(mixmae.draw_mix(config, 0.5, 0.0, (0, number, 0, 1))),
+        loss=lambda images, plan: model(images, plan)[0],
+        gflop=RELEASED_GFLOP.get(("mixmae", args.model)), slowness=3,
+    )  # fmt: skip
+
+
+def unmixed_work(args: argparse.Namespace, device: torch.device) -> Workload:
+    """Fine-tuning's step: the same encoder, nothing mixed, no decoder."""
+    config = mixmae.MODELS[mixmae.known_model(args.model)]
+    model = mixmae.MixClassifier(config, 1000).to(device)
+    labels = torch.arange(args.batch_size, device=device)
+    return Workload(
+        f"not mixed, {config.input_size} px", model, config.input_size, plan=lambda number: [],
+        loss=lambda images, _: F.cross_entropy(model(images).float(), labels), slowness=3,
+    )  # fmt: skip
+
+
 METHODS: dict[str, list[Callable[[argparse.Namespace, torch.device], Workload]]] = {
     "greenmim": [greenmim_work, partial(dense_work, small=False), partial(dense_work, small=True)],
+    "mixmae": [partial(mixmae_work, masked=False), partial(mixmae_work, masked=True), unmixed_work],
 }
 
 
@@ -264,7 +309,7 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
     header = ["step", "dtype", "images/s", "planning s", "data s", "forward s", "backward s",
               "optimizer s", "planning", "peak GB", "GMAC/image", "product GFLOP/s", "share",
               "fixed share", "speed ratio", "memory ratio"]  # fmt: skip
-    table(f"{method}, {args.model}, batch {args.batch_size}, {MASK_RATIO:.0%} hidden", header, rows)
+    table(f"{method}, {args.model}, batch {args.batch_size}", header, rows)
     print(f"\nPlain matrix products between the steps: {', '.join(rates)}. Share of that rate: by "
           "the multiply-adds\ncounted in a forward pass, times three; fixed share: by the FLOP of "
           "the released code. Ratios: to the first row of the dtype.")  # fmt: skip
