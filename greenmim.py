@@ -177,7 +177,7 @@ RECIPES = {  # by command, recipe and, where it matters, model: what differs fro
         "model": "swin_n", "batch_size": 64, "blr": 1.6e-3, "epochs": 100, "warmup_epochs": 5.0,
         "mask_ratio": 0.6},
     ("finetune", "small"): {
-        "model": "swin_n", "batch_size": 32, "blr": 1.6e-2, "epochs": 30, "warmup_epochs": 3.0,
+        "model": "swin_n", "batch_size": 32, "blr": 1.6e-2, "epochs": 60, "warmup_epochs": 3.0,
         "min_lr": 1e-6, "layer_decay": 0.8, "clip_grad": 1.0, "crop_min": 0.35, "mixup": 0.0,
         "cutmix": 0.0, "reprob": 0.0, "aa": "none"},
 }

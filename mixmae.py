@@ -180,7 +180,7 @@ RECIPES = {  # by command, recipe and, where it matters, model: what differs fro
     ("pretrain", "small"): {
         "model": "swin_n", "batch_size": 64, "blr": 1.6e-3, "epochs": 100, "warmup_epochs": 5.0},
     ("finetune", "small"): {
-        "model": "swin_n", "batch_size": 32, "blr": 8e-3, "epochs": 30, "warmup_epochs": 3.0,
+        "model": "swin_n", "batch_size": 32, "blr": 8e-3, "epochs": 60, "warmup_epochs": 3.0,
         "layer_decay": 0.8, "clip_grad": 1.0, "crop_min": 0.35, "mixup": 0.0, "cutmix": 0.0,
         "reprob": 0.0, "aa": "none"},
 }
@@ -1674,7 +1674,7 @@ def demo(cfg: UseConfig) -> dict:
     if process.rank == 0:
         data.save_file(output / "start.pth", partial(torch.save, start))
     pretrain(PretrainConfig(**both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
-                            batch_size=64, epochs=5, warmup_epochs=1, lr=2e-3))
+                            batch_size=64, epochs=4, warmup_epochs=1, lr=2e-3))
     result = {}
     for name, weights in (("pretrained", "pretrain/backbone.pth"), ("scratch", "start.pth")):
         tested = finetune(FinetuneConfig(
@@ -1683,7 +1683,7 @@ def demo(cfg: UseConfig) -> dict:
             lr=1e-3, clip_grad=0.5, layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="",
             drop_path=0, ema=0.97, test_freq=5))
         result[f"{name}_acc1"] = round(tested["test_acc1"], 1)
-    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-4.png"),
+    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-3.png"),
                "seconds": round(time.monotonic() - began, 1)}
     process.say(json.dumps(result))
     return result
