@@ -961,11 +961,11 @@ UNDECAYED = (".bias", "bias_table", "token")  # ends of names, beside all vector
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
-                     layer_decay: float = 1.0) -> list[dict]:
-    """AdamW groups: no decay for vectors and UNDECAYED names; `lr_scale` by layer."""
+                     layer_decay: float = 1.0, undecayed: Sequence[str] = UNDECAYED) -> list[dict]:
+    """AdamW groups: no decay for vectors and `undecayed` names; `lr_scale` by layer."""
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or name.endswith(UNDECAYED)
+        exempt = parameter.ndim <= 1 or name.endswith(tuple(undecayed))
         scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
         if parameter.requires_grad:
             groups.setdefault((exempt, scale), []).append(parameter)
