@@ -192,8 +192,8 @@ HIERARCHICAL = {  # pixels, patch, width, depth, heads; then, by name, what else
         64, 16, 16, 3, 2, (1, 1, 1), (6, 4, 0), decoder_dim=16, decoder_depth=1,
         decoder_num_heads=2),
 }
-MODELS = HIERARCHICAL | {f"plain_{size}": plain_twin(HIERARCHICAL[f"hpvit_{size}"])
-                         for size in ("base", "large", "huge", "tiny")}
+MODELS = HIERARCHICAL | {f"plain_{name.removeprefix('hpvit_')}": plain_twin(config)
+                         for name, config in HIERARCHICAL.items() if name != "hpvit_base_light"}
 OTHER_NAMES = {  # timm's, and the constructors of released MAE
     name.format(size, patch): f"plain_{size}"
     for size, patch in (("base", 16), ("large", 16), ("huge", 14))
@@ -445,7 +445,8 @@ def drop_path(x: Tensor, probability: float) -> Tensor:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """(B, N, C), (B, K) -> (B, K, C): of each image its own tokens."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    rows = index + x.shape[1] * torch.arange(len(x), device=x.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
 
 
 def cut_patches(images: Tensor, size: int, stride: int, pad: str = "center") -> Tensor:
@@ -672,9 +673,13 @@ def convert(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     as they are. Dropped: decoder, class token and last norm where there are none. Not made here:
     pools and `fc_norm`, which begin as averages and as 1 and 0. Weights that were converted
     before are left alone, but for positions of another size."""
+    tuned = "head.weight" in state or "fc_norm.weight" in state
+    for key in () if tuned else ("cls_token", "norm.weight", "norm.bias"):
+        if key not in state:
+            raise ValueError(f"it is of no pre-training: {key} is missing")
     dropped = ["mask_token", "decoder_"]
     dropped += [] if config.cls_token else ["cls_token"]
-    dropped += ["norm."] if config.global_pool else []
+    dropped += ["norm."] if config.global_pool and not tuned else []
     found = {k: v for k, v in state.items() if not k.startswith(tuple(dropped))}
     if (weight := found["patch_embed.proj.weight"]).shape[-1] == 4 * config.kernel:  # 4sum
         found["patch_embed.proj.weight"] = reduce(
@@ -862,7 +867,8 @@ def identify(file: dict) -> tuple[str, ModelConfig]:
     if "decoder_embed.weight" in state:
         blocks = [k for k in state if re.fullmatch(r"decoder_blocks\.\d+\.norm1\.weight", k)]
         found |= {"decoder_dim": len(state["decoder_embed.weight"]), "decoder_depth": len(blocks)}
-    alike = min(MODELS, key=lambda n: sum(getattr(MODELS[n], k) != v for k, v in found.items()))
+    alike = min((n for n in MODELS if MODELS[n].embed_dim == dim), default=next(iter(MODELS)),
+                key=lambda n: sum(getattr(MODELS[n], k) != v for k, v in found.items()))
     side = math.isqrt(state["pos_embed"].shape[1] - found["cls_token"])
     found["input_size"] = side * found.get("patch_stride", MODELS[alike].patch_stride)
     return alike, model_config(MODELS[alike], **found)
@@ -1499,10 +1505,12 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
     state, size = file["model"], cfg.input_size or config.input_size
     check_size(size, config.patch_size if whole else config.unit)
     make = partial(MAE if whole else HPViT, config)
-    if "head.weight" in state and head and not whole:
-        make = partial(HPViTClassifier, config, len(state["head.weight"]))
-    elif config.plain and "norm.weight" in state and not whole:  # as it was pre-trained
-        make = partial(HPViT, replace(config, global_pool=False))
+    with data.blaming(cfg.weights):
+        outputs = [len(state[k]) for k in ("head.weight", "head.bias") if k in state]
+    if outputs and head and not whole:
+        make = partial(HPViTClassifier, config, outputs[0])
+    elif config.plain and not outputs and not whole:  # as it was pre-trained
+        make = partial(HPViT, replace(config, global_pool="fc_norm.weight" in state))
     model, said = load_weights(make, cfg.weights, file)
     process.say(f"{said}; {name}, {describe(replace(config, input_size=size))}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
@@ -1660,7 +1668,7 @@ def demo(cfg: UseConfig) -> dict:
     """Pre-train a small plain model on built-in images; fine-tune it as a hierarchical one, as a
     plain one, and a hierarchical twin from scratch."""
     began, output = time.monotonic(), Path(cfg.output or f"output/{SCRIPT}/demo")
-    both = {"model": "demo", "seed": cfg.seed, "device": cfg.device, "num_workers": 1,
+    both = {"seed": cfg.seed, "device": cfg.device, "num_workers": 1,
             "resume": "none", "crop_min": 0.6, "log_every": 1000}
     process = setup_process(cfg.device, "auto")
     torch.manual_seed(cfg.seed)
@@ -1668,15 +1676,15 @@ def demo(cfg: UseConfig) -> dict:
     start = {"model": export_state(MAE(MODELS["demo"]))}
     if process.rank == 0:
         data.save_file(output / "start.pth", partial(torch.save, start))
-    pretrain(PretrainConfig(**both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
+    pretrain(PretrainConfig(**both, model="demo", data_path="drawn:8192",
+                            output_dir=str(output / "pretrain"),
                             batch_size=64, epochs=5, warmup_epochs=1, lr=2e-3))
-    result, names = {}, ("depths", "windows", "patch_stride", "cls_token")
-    plain = {name: getattr(plain_twin(MODELS["demo"]), name) for name in names}
-    for name, weights, changes in (("pretrained", "pretrain/backbone.pth", {}),
-                                   ("plain", "pretrain/backbone.pth", plain),
-                                   ("scratch", "start.pth", {})):
+    result = {}
+    for name, model, weights in (("pretrained", "demo", "pretrain/backbone.pth"),
+                                 ("plain", "plain_demo", "pretrain/backbone.pth"),
+                                 ("scratch", "demo", "start.pth")):
         tested = finetune(FinetuneConfig(
-            **both, **changes, data_path="drawn:1000", weights=str(output / weights),
+            **both, model=model, data_path="drawn:1000", weights=str(output / weights),
             output_dir=str(output / name), batch_size=25, epochs=4, warmup_epochs=1,
             lr=4e-3, clip_grad=0.5, layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="",
             drop_path=0, ema=0.97, test_freq=4))

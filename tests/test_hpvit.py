@@ -7,6 +7,7 @@ the top of hpvit.py says. Those of MAE (`status` official) are the answers of re
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ import hpvit
 from common import augment
 from common.data import InputError
 from hpvit import MAE, HPViT, HPViTClassifier, ModelConfig, ShufflePlan
-from tests.conftest import THREADS, golden_files
+from tests.conftest import GOLDEN, THREADS, golden_files
 from tests.filling import images as filled_images
 from tests.filling import parameter
 from tests.golden import (
@@ -570,3 +571,807 @@ def test_golden_hpvit(path: Path) -> None:
     assert len(checks) == 1, "no check for such a fixture"
     checks[0](fixture)
     fixture.finish()
+
+
+# ── what it is by definition: pre-training ──────────────────────────────────────────────
+
+
+def pictures(config: ModelConfig, batch: int = 2, seed: int = 5) -> Tensor:
+    return torch.from_numpy(filled_images((batch, 3, config.input_size, config.input_size), seed))
+
+
+def plan_of(config: ModelConfig, batch: int = 2, ratio: float = 0.6, seed: int = 0) -> ShufflePlan:
+    return hpvit.to_device(hpvit.draw_shuffle(config, ratio, batch, (seed,)), CPU)
+
+
+def mask_of(plan: ShufflePlan) -> Tensor:
+    return plan.restore >= plan.keep.shape[1]
+
+
+def mae(config: ModelConfig = TEST, seed: int = 1) -> MAE:
+    return fill(MAE(config), seed)
+
+
+def attention_by_hand(block: nn.Module, x: Tensor) -> Tensor:
+    """A pre-norm block on (N, C), head by head."""
+    attn, width = block.attn, x.shape[1] // block.attn.num_heads
+    y = F.layer_norm(x, x.shape[1:], block.norm1.weight, block.norm1.bias, 1e-6)
+    q, k, v = attn.qkv(y).chunk(3, dim=1)
+    heads = []
+    for at in range(0, x.shape[1], width):
+        part = slice(at, at + width)
+        heads.append((q[:, part] @ k[:, part].T / width**0.5).softmax(1) @ v[:, part])
+    x = x + attn.proj(torch.cat(heads, dim=1))
+    y = F.layer_norm(x, x.shape[1:], block.norm2.weight, block.norm2.bias, 1e-6)
+    return x + block.mlp.fc2(F.gelu(block.mlp.fc1(y)))
+
+
+def test_pretraining_by_hand() -> None:
+    """Loss and predictions, image by image, patch by patch."""
+    config, images = TEST, pictures(TEST)
+    model, plan = mae(), plan_of(TEST)
+    loss, prediction = model(images, plan)
+    errors, size = [], config.patch_size
+    for image, keep, hidden, ours in zip(images, plan.keep, plan.hidden, prediction, strict=True):
+        squares = [image[:, i : i + size, j : j + size] for i in range(0, 64, size)
+                   for j in range(0, 64, size)]  # fmt: skip
+        tokens = [model.cls_token[0, 0] + model.pos_embed[0, 0]]
+        for u in keep:
+            token = model.patch_embed.proj(squares[u][None])[0, :, 0, 0]
+            tokens.append(token + model.pos_embed[0, 1 + u])
+        x = torch.stack(tokens)
+        for block in model.blocks:
+            x = attention_by_hand(block, x)
+        x = model.decoder_embed(model.norm(x))
+        full = model.mask_token[0].repeat(1 + len(squares), 1)
+        full[0] = x[0]
+        for u, token in zip(keep, x[1:], strict=True):
+            full[1 + u] = token
+        x = full + model.decoder_pos_embed[0]
+        for block in model.decoder_blocks:
+            x = attention_by_hand(block, x)
+        for u, row in zip(hidden, ours, strict=True):
+            near(row, model.decoder_pred(model.decoder_norm(x[1 + u])), atol=1e-5)
+            pixels = squares[u].permute(1, 2, 0).flatten()
+            target = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
+            errors += (row - target).square().tolist()
+    near(loss, np.mean(errors), rtol=1e-5)
+
+
+def test_mask_is_an_argument() -> None:
+    """As bool array or tensor, in any order, the same loss; each image has its own."""
+    model, images, plan = mae(), pictures(TEST), plan_of(TEST)
+    loss, prediction = model(images, plan)
+    mask = mask_of(plan)
+    assert mask[0].tolist() != mask[1].tolist() and mask.sum(1).tolist() == [10, 10]
+    for given in (mask, mask.numpy()):
+        other, sorted_prediction = model(images, given)
+        near(other, loss, rtol=1e-6)
+        order = plan.hidden.argsort(1)
+        near(sorted_prediction, hpvit.take(prediction, order), atol=1e-5)
+    plain = replace(TEST, norm_pix_loss=False)
+    raw, prediction = mae(plain)(images, plan)
+    target = hpvit.take(hpvit.patchify(images, 16), plan.hidden)
+    near(raw, (prediction - target).square().mean(), rtol=1e-6)
+
+
+def test_wrong_masks_are_refused() -> None:
+    model, images = mae(), pictures(TEST)
+    mask = mask_of(plan_of(TEST))
+    uneven = mask.clone()
+    uneven[0, mask[0].nonzero()[0]] = False
+    for wrong in (uneven, torch.ones_like(mask), torch.zeros_like(mask), mask[:1], mask[:, :9]):
+        with pytest.raises(ValueError, match=r"mask"):
+            model(images, wrong)
+    with pytest.raises(ValueError, match=r"not 64 px"):
+        model(torch.zeros(2, 3, 32, 64), mask)
+    for ratio in (0.0, 1.0, 0.99):
+        with pytest.raises(InputError, match=r"--mask_ratio"):
+            hpvit.draw_shuffle(TEST, ratio, 2, (0,))
+
+
+def test_hidden_pixels_do_not_change_what_is_visible() -> None:
+    model, images, plan = mae(), pictures(TEST), plan_of(TEST)
+    before = model.encode(images, plan)
+    hidden = mask_of(plan).reshape(2, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    other = torch.where(hidden, torch.randn_like(images), images)
+    assert not torch.equal(other, images)
+    assert torch.equal(model.encode(other, plan), before)
+
+
+def test_masks_are_a_function_of_the_seed() -> None:
+    same(*(hpvit.draw_shuffle(BASE, 0.75, 4, (0, 3, 1, 1)).keep for _ in "ab"))
+    keeps = [hpvit.draw_shuffle(BASE, 0.75, 4, (0, step, rank)).keep
+             for step in (0, 1) for rank in (0, 1)]  # fmt: skip
+    assert len({keep.tobytes() for keep in keeps}) == 4
+    assert keeps[0].shape == (4, 49)
+    plan = hpvit.draw_shuffle(BASE, 0.75, 4, (0,))
+    both = np.concatenate([plan.keep, plan.hidden], axis=1)
+    same(np.take_along_axis(both, plan.restore, 1), np.tile(np.arange(196), (4, 1)))
+
+
+def test_initial_weights_of_pretraining() -> None:
+    torch.manual_seed(0)
+    model = MAE(replace(BASE, depth=1, depths=(1,), windows=(0,), decoder_depth=1))
+    for name, p in model.named_parameters():
+        bound, what = 1.0, name.rsplit(".", 1)[-1]
+        if "norm" in name:
+            assert (p == (1 if what == "weight" else 0)).all(), name
+        elif name.endswith("token"):
+            assert p.std().item() == pytest.approx(0.02, rel=0.15), name
+        elif name == "patch_embed.proj.bias":
+            assert 0 < p.abs().max() <= 768**-0.5, name
+        elif what == "bias":
+            assert (p == 0).all(), name
+        else:
+            fan_out, fan_in = p.flatten(1).shape
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            assert 0.99 * bound < p.abs().max() <= bound, name
+
+
+# ── what it is by definition: the fourteen invariants of the conversion ─────────────────
+
+
+def classifier(config: ModelConfig = TEST, seed: int = 3, classes: int = 5) -> HPViTClassifier:
+    return fill(HPViTClassifier(config, classes), seed).eval()
+
+
+def with_weights(model: nn.Module, config: ModelConfig, **changes: object) -> HPViTClassifier:
+    """The classifier of a changed config with the same weights, as far as both have them."""
+    other = HPViTClassifier(hpvit.model_config(config, **changes), model.head.out_features).eval()
+    own = other.state_dict()
+    other.load_state_dict(own | {k: v for k, v in model.state_dict().items() if k in own})
+    return other
+
+
+def test_1_plain_network_is_a_plain_vit() -> None:
+    """By hand here; against released code: the fixtures mae_classifier_* and invariants."""
+    config = hpvit.plain_twin(TEST)
+    images = pictures(config)
+    for pooled in (True, False):
+        model = classifier(replace(config, global_pool=pooled))
+        for image, ours in zip(images, model(images), strict=True):
+            x = model.patch_embed.proj(image[None])[0].flatten(1).T
+            x = torch.cat([model.cls_token[0], x]) + model.pos_embed[0]
+            for block in model.blocks:
+                x = attention_by_hand(block, x)
+            x = model.fc_norm(x[1:].mean(0)) if pooled else model.norm(x)[0]
+            near(ours, model.head(x), atol=1e-5)
+
+
+def test_2_stages_without_pools_are_one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TEST, windows=(0, 0, 0))
+    model = classifier(config)
+    one = with_weights(model, config, depths=(3,), windows=(0,))
+    monkeypatch.setattr(HPViT, "shrink", lambda self, x, shape, pool: (x, shape))
+    assert torch.equal(model(pictures(config)), one(pictures(config)))
+
+
+def embedding(images: Tensor, stride: int, pad: str, size: int = 16) -> Tensor:
+    """(B, C, h, w) by the module of the network."""
+    module = fill(hpvit.PatchProjection(size, 8), 2)
+    with torch.no_grad():
+        x = module(hpvit.cut_patches(images, size, stride, pad))
+    return x.mT.unflatten(2, [side // stride for side in images.shape[2:]])
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16])
+def test_3_corner_padding_keeps_the_plain_tokens(stride: int) -> None:
+    images = torch.randn(2, 3, 64, 96)
+    whole, step = embedding(images, stride, "corner"), 16 // stride
+    near(whole[:, :, ::step, ::step], embedding(images, 16, "corner"), atol=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "grid"), [(4, 56), (8, 28), (16, 14)])
+def test_4_center_padding_is_that_of_a_padded_convolution(stride: int, grid: int) -> None:
+    images, conv = torch.randn(1, 3, 224, 224), fill(hpvit.PatchProjection(16, 8), 2).proj
+    ours = embedding(images, stride, "center")
+    assert ours.shape == (1, 8, grid, grid)
+    padding = (16 - stride) // 2
+    near(ours, F.conv2d(images, conv.weight, conv.bias, stride, padding), atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["center", "corner"])
+def test_5_rolling_by_a_stride_shifts_by_a_token(pad: str) -> None:
+    images = torch.randn(1, 3, 64, 64)
+    moved = embedding(images.roll((4, 4), (2, 3)), 4, pad)[:, :, 1:, 1:]
+    still = embedding(images, 4, pad)[:, :, :-1, :-1]
+    inner = (..., slice(3, -3), slice(3, -3))
+    near(moved[inner], still[inner], atol=1e-6)
+
+
+def test_6_summed_kernel_embeds_the_enlarged_image() -> None:
+    config = hpvit.model_config(TEST, patch_kernel="4sum")
+    plain, images = mae(), pictures(TEST)
+    state = hpvit.convert(plain.state_dict(), config)
+    weight = state["patch_embed.proj.weight"]
+    assert weight.shape == (16, 3, 4, 4) and config.kernel == 4
+    large = F.interpolate(images, scale_factor=4, mode="nearest")
+    wanted = plain.patch_embed(hpvit.cut_patches(large, 16, 16))
+    bias = plain.patch_embed.proj.bias
+    near(F.conv2d(images, weight, bias, 4).flatten(2).mT, wanted, atol=1e-5)
+    model = with_weights(classifier(config), config)
+    assert model.patch_embed.proj.weight.shape == weight.shape
+    assert [x.shape[-1] for x in model.maps(images)] == [16, 8, 4]
+
+
+def test_7_average_of_a_constant_map() -> None:
+    x = torch.randn(2, 1, 1, 8).expand(2, 6, 4, 8)
+    assert torch.equal(hpvit.AveragePool()(x), x[:, :3, :2])
+    x = torch.randn(2, 6, 4, 8)
+    wanted = F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    near(hpvit.AveragePool()(x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["dwconv", "conv"])
+def test_8_convolutions_begin_as_averages(pool: str) -> None:
+    images = pictures(TEST)
+    average = classifier()
+    near(with_weights(average, TEST, pool=pool)(images), average(images), atol=1e-5)
+    other = with_weights(average, TEST, pool=pool, pool_init="default")(images)
+    assert (other - average(images)).abs().max() > 1e-2
+    config = hpvit.model_config(TEST, pool=pool, pool_kernel=3)
+    x = torch.randn(2, 8, 6, config.embed_dim)
+    wanted = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, 2, 1, count_include_pad=True)
+    near(hpvit.make_pool(config)(x), wanted.permute(0, 2, 3, 1), atol=1e-6)
+
+
+def test_9_windows_as_large_as_the_map_are_global() -> None:
+    model, images = classifier(replace(TEST, windows=(0, 0, 0))), pictures(TEST)
+    for windows in ((16, 8, 4), (99, 99, 99)):
+        assert torch.equal(with_weights(model, TEST, windows=windows)(images), model(images))
+    assert not torch.equal(with_weights(model, TEST, windows=(15, 8, 4))(images), model(images))
+
+
+def test_10_maps_are_of_a_quarter_to_a_thirty_second() -> None:
+    model = HPViT(hpvit.model_config(TEST, depth=4, depths=(1, 1, 1, 1), windows=(6, 4, 0, 0)))
+    assert model.strides == [4, 8, 16, 32] and model.channels == [16] * 4
+    for height, width in ((64, 64), (96, 64), (32, 128)):
+        maps = model.maps(torch.zeros(1, 3, height, width))
+        assert [x.shape for x in maps] == [(1, 16, height // s, width // s) for s in model.strides]
+
+
+COUNTS = {  # spec, 2.1 and 2.3
+    ("hpvit_base", "avg", 2): 88_824_040, ("hpvit_base", "dwconv", 2): 88_835_560,
+    ("hpvit_base", "dwconv", 3): 88_847_080, ("hpvit_base", "conv", 2): 95_904_232,
+    ("hpvit_base", "conv", 3): 104_751_592, ("hpvit_large", "avg", 2): 307_335_144,
+    ("hpvit_large", "dwconv", 2): 307_350_504, ("hpvit_large", "dwconv", 3): 307_365_864,
+    ("hpvit_large", "conv", 2): 319_921_128, ("hpvit_large", "conv", 3): 335_649_768,
+    ("hpvit_huge", "avg", 2): 635_729_640, ("plain_base", "avg", 2): 86_567_656,
+    ("plain_large", "avg", 2): 304_326_632, ("plain_huge", "avg", 2): 632_045_800,
+}  # fmt: skip
+COSTS = {  # G multiply-adds of spec, 1.2, 2.1 and 2.3, at 224 px; windows 14 but where said
+    "hpvit_base": 69.08, "hpvit_base_light": 43.05, "hpvit_large": 151.32, "hpvit_huge": 265.12,
+    "plain_base": 17.56, "plain_large": 61.55, "plain_huge": 167.30,
+}  # fmt: skip
+
+
+def test_11_parameter_counts() -> None:
+    for (name, pool, kernel), count in COUNTS.items():
+        config = hpvit.model_config(hpvit.MODELS[name], pool=pool, pool_kernel=kernel)
+        model = on_meta(partial(HPViTClassifier, config, 1000))
+        assert sum(p.numel() for p in model.parameters()) == count, (name, pool, kernel)
+    for size, count, trained_count in (
+        ("base", 111_907_840, 111_655_680), ("large", 329_541_888, 329_239_296),
+        ("huge", 657_074_508, 656_613_964),
+    ):  # fmt: skip
+        model = on_meta(partial(MAE, hpvit.MODELS[f"hpvit_{size}"]))
+        assert sum(x.numel() for x in model.state_dict().values()) == count
+        assert sum(p.numel() for p in model.parameters()) == trained_count
+    large = on_meta(partial(HPViTClassifier, hpvit.model_config(BASE, input_size=512), 1000))
+    assert sum(p.numel() for p in large.parameters()) == 98_998_504
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_11_cost(name: str) -> None:
+    """The formula of spec 1.2 and 2.3 and the operations of the network are the same number."""
+    config = hpvit.MODELS[name]
+    macs, attention = multiply_adds(on_meta(partial(HPViTClassifier, config, 1000)), 224)
+    assert macs / 1e9 == pytest.approx(COSTS[name], abs=0.006)
+    dim, formula = config.embed_dim, 0
+    for stage, (depth, window) in enumerate(zip(config.depths, config.windows, strict=True)):
+        side = config.side(stage)
+        tokens = side**2 + config.cls_token
+        attending = min(window or side, side) ** 2 + config.cls_token
+        formula += depth * tokens * (12 * dim**2 + 2 * attending * dim)
+    formula += 3 * config.kernel**2 * dim * config.side(0) ** 2 + 1000 * dim
+    assert macs == formula
+    assert 0 < attention < macs
+
+
+def converted(config: ModelConfig, state: dict, classes: int = 5) -> tuple[HPViTClassifier, str]:
+    file = {"model": state, "args": {}}
+    return hpvit.load_weights(partial(HPViTClassifier, config, classes), "file", file, True)
+
+
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_12_conversion_uses_drops_and_makes(cls_token: bool) -> None:
+    """Key sets of spec 7.3, of ViT-B by names and of a small network by values."""
+    changes = {"cls_token": True, "windows": (0, 0, 0, 0)} if cls_token else {}
+    config = hpvit.model_config(BASE, pool="dwconv", **changes)
+    encoder = {k: v for k, v in on_meta(partial(MAE, BASE)).state_dict().items()
+               if not k.startswith(("decoder_", "mask_token"))}  # fmt: skip
+    assert len(encoder) == 150
+    own = on_meta(partial(HPViTClassifier, config, 1000)).state_dict().keys()
+    dropped = {"norm.weight", "norm.bias"} | (set() if cls_token else {"cls_token"})
+    made = {f"{part}.{kind}" for part in ("fc_norm", "head", "pools.0", "pools.1", "pools.2")
+            for kind in ("weight", "bias")}  # fmt: skip
+    assert encoder.keys() - own == dropped and own - encoder.keys() == made
+    assert len(encoder.keys() & own) == (148 if cls_token else 147)
+    with torch.device("meta"):
+        assert hpvit.convert(encoder, config).keys() == own - made
+
+    small = replace(TEST, windows=(0, 0, 0), cls_token=cls_token)
+    plain = mae()
+    model, said = converted(small, plain.state_dict())
+    state, own = plain.state_dict(), model.state_dict()
+    assert "new: fc_norm; the head starts fresh" in said and "positions from 17 to" in said
+    for key in own.keys() - {"pos_embed"} - {k for k in own if k.startswith(("fc_norm", "head"))}:
+        assert torch.equal(own[key], state[key]), key
+    assert (model.fc_norm.weight == 1).all() and (model.fc_norm.bias == 0).all()
+    assert 0 < model.head.weight.abs().max() < 2e-4 and (model.head.bias == 0).all()
+    table = hpvit.stretch(state["pos_embed"][0, 1:], (16, 16))
+    near(model.pos_embed[0, int(cls_token):], table, atol=0)
+    if cls_token:
+        assert (model.pos_embed[0, 0] == 0).all()
+
+
+def test_13_the_same_grid_is_left_alone() -> None:
+    table = torch.randn(49, 8)
+    assert hpvit.stretch(table, (7, 7)) is table
+    plain = hpvit.plain_twin(TEST)
+    state = hpvit.convert(mae().state_dict(), plain)
+    assert torch.equal(state["pos_embed"], mae().pos_embed)
+    again = hpvit.convert(classifier().state_dict(), TEST)  # converted before: nothing happens
+    assert again.keys() == classifier().state_dict().keys()
+    assert all(torch.equal(v, classifier().state_dict()[k]) for k, v in again.items())
+
+
+def test_14_training_without_drop_path_is_evaluation() -> None:
+    model, images = classifier(), pictures(TEST)
+    assert torch.equal(model.train()(images), model.eval()(images))
+
+
+# ── what it is by definition: network ───────────────────────────────────────────────────
+
+
+def test_windows_that_need_padding_by_hand() -> None:
+    """Each window by itself; what pads is zero behind the norm, and attended to."""
+    attn = fill(hpvit.WindowAttention(16, 2), 4)
+    x, (h, w), p = torch.randn(2, 7 * 10, 16), (7, 10), 4
+    ours = attn(x, (h, w), p).reshape(2, h, w, 16)
+    padded = torch.zeros(2, 8, 12, 16)
+    padded[:, :h, :w] = x.reshape(2, h, w, 16)
+    for i in range(0, 8, p):
+        for j in range(0, 12, p):
+            window = padded[:, i : i + p, j : j + p].reshape(2, p * p, 16)
+            wanted = hpvit.Attention.forward(attn, window).reshape(2, p, p, 16)
+            there = ours[:, i : i + p, j : j + p]
+            near(there, wanted[:, : there.shape[1], : there.shape[2]], atol=1e-6)
+
+
+NETWORKS = {
+    "default": {}, "dense": {"pool": "conv", "pool_kernel": 3}, "depthwise": {"pool": "dwconv"},
+    "token": {"windows": (0, 0, 0), "cls_token": True}, "corner": {"patch_pad": "corner"},
+    "token_head": {"windows": (0, 0, 0), "cls_token": True, "global_pool": False},
+    "summed": {"patch_kernel": "4sum"}, "stride_8": {"patch_stride": 8},
+    "plain": {"patch_stride": 16, "depths": (3,), "windows": (0,), "cls_token": True},
+}  # fmt: skip
+each_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def network(name: str) -> ModelConfig:
+    return hpvit.model_config(TEST, **NETWORKS[name])
+
+
+@each_network
+def test_every_parameter_learns(name: str) -> None:
+    model = classifier(network(name)).train()
+    F.cross_entropy(model(pictures(model.config)), torch.tensor([0, 3])).backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_every_parameter_of_pretraining_learns() -> None:
+    model = mae()
+    model(pictures(TEST), plan_of(TEST))[0].backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@each_network
+def test_maps_of_any_size(name: str) -> None:
+    """Finite, of the right shapes; of one image what they are of that image among others."""
+    model = classifier(network(name))
+    unit = model.config.unit
+    for height, width in ((64, 64), (4 * unit, 7 * unit), (unit, 2 * unit)):
+        images = torch.randn(3, 3, height, width)
+        with torch.no_grad():
+            maps, alone = model.maps(images), model.maps(images[1:2])
+        assert len(maps) == len(model.channels) == len(model.strides)
+        for x, single, channels, stride in zip(
+            maps, alone, model.channels, model.strides, strict=True
+        ):
+            assert x.shape == (3, channels, height // stride, width // stride)
+            near(x[1:2], single, atol=1e-5)
+    with pytest.raises(ValueError, match="must divide both sides"):
+        model.maps(torch.zeros(1, 3, 64, 64 + unit // 2))
+
+
+def test_a_class_token_cannot_be_in_windows() -> None:
+    config = replace(TEST, windows=(16, 8, 0), cls_token=True)
+    model = classifier(hpvit.model_config(config))
+    assert model(pictures(TEST)).shape == (2, 5)
+    with pytest.raises(ValueError, match="class token"):
+        model.maps(torch.zeros(1, 3, 64, 128))
+
+
+def test_maps_behind_chosen_blocks() -> None:
+    model, images = classifier(network("plain")), pictures(TEST)
+    first, last = model.maps(images, blocks=[1, 3])
+    near(last, model.maps(images)[0], atol=0)
+    assert first.shape == last.shape == (2, 16, 4, 4) and not torch.equal(first, last)
+    early, late = classifier().maps(images, blocks=[1, 2])
+    near(early, classifier().maps(images)[0], atol=0)
+    near(late, classifier().maps(images)[1], atol=0)
+
+
+def test_positions_of_another_size_learn() -> None:
+    model = classifier()
+    model.maps(torch.randn(1, 3, 96, 64))[-1].square().sum().backward()
+    assert model.pos_embed.grad.ne(0).all(dim=2).float().mean() > 0.9
+    square = model.positions((16, 16))
+    assert square is not None and torch.equal(square, model.pos_embed[0])
+    assert model.positions((8, 32)).shape == (256, 16)
+    assert not torch.equal(model.positions((8, 32)), square)
+
+
+def test_drop_path_drops_whole_images() -> None:
+    """Of the last block, so that an image is one of two things: with its branches or without."""
+    config = hpvit.model_config(TEST, depth=1, depths=(1,), windows=(6,))
+    model = fill(HPViT(config, 0.0), 1).train()
+    model.blocks[0].drop_path = 0.5
+    model.blocks[0].mlp.fc2.weight.data.zero_()
+    model.blocks[0].mlp.fc2.bias.data.zero_()
+    images = pictures(config, 1).expand(64, -1, -1, -1)
+    torch.manual_seed(0)
+    (x, _), = model.outputs(images, [1])
+    kinds = torch.unique(x, dim=0)
+    assert len(kinds) == 2
+
+
+@pytest.mark.parametrize("name", ["default", "plain"])
+def test_grad_checkpoint_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And recomputes the blocks of two stages, or all of a plain network and of MAE."""
+    count, real = [], hpvit.checkpoint
+    monkeypatch.setattr(hpvit, "checkpoint", lambda *a, **k: count.append(1) or real(*a, **k))
+    model = classifier(network(name)).train()
+    gradients = []
+    for model.grad_checkpoint in (False, True):
+        model.zero_grad()
+        model(pictures(TEST)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert len(count) == (2 if name == "default" else 3)
+    model = mae().train()
+    model.grad_checkpoint = True
+    model(pictures(TEST), plan_of(TEST))[0].backward()
+    assert len(count) == (2 if name == "default" else 3) + 4
+
+
+def test_low_precision_stays_near() -> None:
+    for model, given in ((classifier(), ()), (mae(), (plan_of(TEST),))):
+        with torch.no_grad():
+            whole = model(pictures(TEST), *given)
+            with torch.autocast("cpu", torch.bfloat16):
+                half = model(pictures(TEST), *given)
+        if given:
+            assert half[0].dtype == half[1].dtype == torch.float32
+            near(half[0], whole[0], rtol=2e-2)
+        else:
+            near(half, whole, atol=0.1)
+
+
+# ── options and their errors ────────────────────────────────────────────────────────────
+
+WRONG = {  # spec, 2.4, and what else cannot be
+    "are 9 blocks, the network has 12": {"depths": (2, 2, 3, 2)},
+    "give 4, one a stage": {"windows": (14, 14, 0)},
+    "would leave pixels out": {"patch_stride": 32, "depths": (12,), "windows": (0,)},
+    "is centred on no cell": {"patch_stride": 7, "input_size": 224},
+    "a class token sees whole maps": {"cls_token": True},
+    "averages are of 2x2": {"pool_kernel": 3},
+    "needs a class token": {"global_pool": False},
+    "a multiple of 32, the nearest are 224 and 256": {"input_size": 240},
+    "4 does not divide patches of 14": {"patch_size": 14, "patch_kernel": "4sum"},
+    "a kernel of 4 px would": {"patch_kernel": "4sum", "patch_stride": 8},
+    "no multiple of 7 heads": {"num_heads": 7},
+    "here images are square": {"input_size": (224, 256)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_options_that_do_not_fit(said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        hpvit.model_config(BASE, **WRONG[said])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_models_fit() -> None:
+    for name, config in hpvit.MODELS.items():
+        assert hpvit.model_config(config) == config
+        assert config.plain == name.startswith("plain_")
+        assert hpvit.plain_twin(config).plain
+        hpvit.check_size(config.input_size, config.patch_size)
+    assert hpvit.MODELS["hpvit_base_light"].depths == (1, 1, 8, 2)
+    assert hpvit.configure(model="vit_base_patch16_224").model == "plain_base"
+    assert hpvit.configure(model="mae_vit_huge_patch14").model == "plain_huge"
+
+
+def test_options_reach_the_network() -> None:
+    flags = (
+        "finetune --model test --depths 1,1,1 --windows 0,0,0 --patch_pad corner --pool dwconv "
+        "--pool_kernel 3 --pool_init default --pos sincos --cls_token --patch_stride 8"
+    )
+    _, cfg = hpvit.parse_config(flags.split())
+    _, config = hpvit.choose_config(cfg, None)
+    wanted = {"depths": (1, 1, 1), "windows": (0, 0, 0), "patch_pad": "corner", "pool": "dwconv",
+              "pool_kernel": 3, "pool_init": "default", "pos": "sincos", "cls_token": True,
+              "patch_stride": 8}  # fmt: skip
+    assert {k: getattr(config, k) for k in wanted} == wanted
+
+
+def test_positions_by_the_formula() -> None:
+    config = hpvit.model_config(TEST, pos="sincos")
+    model, _ = converted(config, MAE(TEST).state_dict())
+    assert torch.equal(model.pos_embed, hpvit.sincos_table(16, 4, 16)[:, 1:])
+    learned = MAE(TEST).state_dict() | {"pos_embed": torch.randn(1, 17, 16)}
+    with pytest.raises(InputError, match="positions were learned"):
+        converted(config, learned)
+    converted(TEST, learned)
+
+
+def test_rates_of_pools() -> None:
+    """Those of the block before, or the head's; all parameters are in one group each."""
+    model = classifier(replace(network("dense"), depth=3))
+    for pool_lr, wanted in (("block", {0.65**3, 0.65**2}), ("full", {1.0})):
+        cfg = hpvit.configure("finetune", model="test", pool_lr=pool_lr)
+        groups = hpvit.tuning_groups(model, cfg)
+        scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+        assert len(scales) == sum(len(group["params"]) for group in groups)
+        assert scales.keys() == {id(p) for p in model.parameters()}
+        assert {scales[id(p)] for p in model.pools.parameters()} == wanted
+        assert scales[id(model.head.weight)] == 1.0
+        assert all(p.requires_grad for p in model.parameters())
+    rates = [0.65 ** (13 - n) for n in (2, 4, 10)]
+    names = [f"pools.{i}.weight" for i in range(3)]
+    near([0.65 ** (13 - hpvit.layer_id(n, (2, 2, 6, 2))) for n in names], rates, rtol=1e-12)
+
+
+# ── weights ─────────────────────────────────────────────────────────────────────────────
+
+
+def official(kind: str, config: ModelConfig = TEST, seed: int = 1) -> dict[str, Tensor]:
+    """A state dict as published: encoder, full, finetuned (mean), finetuned_token."""
+    state = mae(config, seed).state_dict()
+    if kind == "full":
+        return state
+    state = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
+    if kind.startswith("finetuned"):
+        plain = replace(hpvit.plain_twin(config), global_pool=kind == "finetuned")
+        return fill(HPViTClassifier(plain, 7), seed).state_dict()
+    return state
+
+
+def written(folder: Path, state: dict, **more: object) -> str:
+    torch.save({"model": state, "epoch": 1, **more}, folder / "file.pth")
+    return str(folder / "file.pth")
+
+
+def opened(path: str, **flags: object) -> nn.Module:
+    return hpvit.open_model(hpvit.configure("features", weights=path, device="cpu", **flags))[1]
+
+
+@pytest.mark.parametrize("kind", ["encoder", "full", "finetuned", "finetuned_token"])
+def test_official_files_load(kind: str, tmp_path: Path) -> None:
+    """Whole, into the plain network; every kind but one into the hierarchical one, too."""
+    state = official(kind)
+    path = written(tmp_path, state)
+    model = opened(path)  # plain_test, by its shapes
+    own = model.state_dict()
+    tuned = kind.startswith("finetuned")
+    assert isinstance(model, HPViTClassifier) == tuned
+    wanted = {k for k in state if not k.startswith(("decoder_", "mask_token"))}
+    assert own.keys() == wanted and all(torch.equal(own[k], state[k]) for k in own)
+    if kind == "finetuned_token":
+        return
+    model = opened(path, model="test")
+    assert isinstance(model, HPViTClassifier) == tuned
+    if tuned:
+        assert torch.equal(model.head.weight, state["head.weight"])
+        assert torch.equal(model.fc_norm.weight, state["fc_norm.weight"])
+    assert model.pos_embed.shape == (1, 256, 16)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "full", "finetuned"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_files_that_are_not_whole_are_refused(kind: str, plain: bool, tmp_path: Path) -> None:
+    flags, state = {"model": "plain_test" if plain else "test"}, official(kind)
+    for key in state:
+        lost = {k: v for k, v in state.items() if k != key}
+        if key.startswith(("decoder_", "mask_token")):
+            continue  # not needed
+        with pytest.raises(InputError, match=r"refused"):
+            opened(written(tmp_path, lost), **flags)
+    with pytest.raises(InputError, match=r"blocks\.3\.norm1\.bias is unexpected"):
+        opened(written(tmp_path, state | {"blocks.3.norm1.bias": torch.zeros(16)}), **flags)
+    with pytest.raises(InputError, match=r"extra is unexpected"):
+        opened(written(tmp_path, state | {"extra": torch.zeros(1)}), **flags)
+
+
+def test_full_files_reconstruct(tmp_path: Path) -> None:
+    """With every key; at another size the fixed tables are made anew."""
+    state = official("full")
+    path = written(tmp_path, state)
+    kind = partial(hpvit.configure, "reconstruct", weights=path, device="cpu", model="test")
+    _, model, *_ = hpvit.open_model(kind(), whole=True)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    _, model, *_ = hpvit.open_model(kind(input_size=96), whole=True)
+    assert torch.equal(model.pos_embed, hpvit.sincos_table(16, 6, 6))
+    for key in state:
+        lost = {k: v for k, v in state.items() if k != key}
+        with pytest.raises(InputError, match=r"refused"):
+            hpvit.open_model(kind(weights=written(tmp_path, lost)), whole=True)
+    with pytest.raises(InputError, match=r"no decoder"):
+        hpvit.open_model(kind(weights=written(tmp_path, official("encoder"))), whole=True)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_published_networks_are_recognised(size: str) -> None:
+    """By shapes alone, as files of MAE tell nothing else."""
+    config = hpvit.MODELS[f"plain_{size}"]
+    full = on_meta(partial(MAE, config)).state_dict()
+    encoder = {k: v for k, v in full.items() if not k.startswith(("decoder_", "mask_token"))}
+    tuned = on_meta(partial(HPViTClassifier, config, 1000)).state_dict()
+    for state in (full, encoder, tuned):
+        assert hpvit.identify({"model": state, "args": {}}) == (f"plain_{size}", config)
+    token = on_meta(partial(HPViTClassifier, replace(config, global_pool=False), 1000)).state_dict()
+    assert hpvit.identify({"model": token, "args": {}})[1] == replace(config, global_pool=False)
+    larger = replace(config, input_size=2 * config.input_size)
+    state = on_meta(partial(HPViTClassifier, larger, 10)).state_dict()
+    assert hpvit.identify({"model": state, "args": {}}) == (f"plain_{size}", larger)
+    hierarchical = hpvit.MODELS[f"hpvit_{size}"]
+    state = on_meta(partial(HPViTClassifier, hierarchical, 10)).state_dict()
+    assert hpvit.identify({"model": state, "args": {}}) == (f"hpvit_{size}", hierarchical)
+
+
+def run(command: str, **flags: object) -> dict:
+    _, function = hpvit.COMMANDS[command]
+    cpu = {} if command == "export" else {"device": "cpu", "num_workers": 0}
+    return function(hpvit.configure(command, **cpu, **flags))
+
+
+def trained_files(folder: Path, **flags: object) -> tuple[Path, Path]:
+    """backbone.pth of a short pre-training and best.pth of a fine-tuning with `flags`."""
+    both = {"model": "test", "batch_size": 4, "epochs": 1, "warmup_epochs": 0}
+    run("pretrain", **both, data_path="drawn:8", output_dir=str(folder / "a"))
+    weights = folder / "a" / "backbone.pth"
+    run("finetune", **both, **flags, data_path="drawn:40", weights=str(weights),
+        output_dir=str(folder / "b"))  # fmt: skip
+    return weights, folder / "b" / "best.pth"
+
+
+@each_network
+def test_export_and_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What is exported answers as what was trained; plain networks in timm's names, too."""
+    _, tuned = trained_files(tmp_path, **NETWORKS[name])
+    images, before = pictures(TEST), opened(str(tuned))
+    assert before.config == network(name)
+    for naming in ("official", "timm"):
+        path = str(tmp_path / f"{naming}.pth")
+        if naming == "timm" and name not in ("plain",):
+            with pytest.raises(InputError, match="--naming timm: no network of timm"):
+                run("export", weights=str(tuned), output=path, naming=naming)
+            continue
+        capsys.readouterr()
+        run("export", weights=str(tuned), output=path, naming=naming)
+        said = capsys.readouterr().out
+        assert ("global_pool='avg'" in said) == (name == "plain")
+        after = opened(path)
+        assert torch.equal(after(images), before(images))
+
+
+def manifests() -> dict[str, dict]:
+    """State-dict names and shapes of timm's ViTs, by model name."""
+    with np.load(GOLDEN / "augment" / "timm_keys.npz") as arrays:
+        models = json.loads(str(arrays["meta"]))["models"]
+    return {name: models[name] for name in models if name.startswith(("vit_base", "vit_large"))}
+
+
+@pytest.mark.parametrize("name", manifests())
+def test_export_has_the_names_and_shapes_of_timm(name: str) -> None:
+    config = hpvit.MODELS[hpvit.known_model(name.split(":")[0])]
+    config = replace(config, global_pool="avg" in name)
+    state = on_meta(partial(HPViTClassifier, config, 1000)).state_dict()
+    assert {k: list(v.shape) for k, v in state.items()} == manifests()[name]["shapes"]
+    if "avg" not in name:  # without its head, that of a pre-training
+        state = {k for k in on_meta(partial(MAE, config)).state_dict()
+                 if not k.startswith(("decoder_", "mask_token"))}  # fmt: skip
+        assert state | {"head.weight", "head.bias"} == manifests()[name]["shapes"].keys()
+
+
+def test_one_pretraining_is_every_network(tmp_path: Path) -> None:
+    """backbone.pth names the hierarchical network; a flag makes the plain one of it."""
+    weights, _ = trained_files(tmp_path)
+    encoder = hpvit.load_backbone(weights)
+    assert encoder.config == TEST and encoder.strides == [4, 8, 16]
+    norms_of = hpvit.load_backbone(weights, map_norm=True)
+    for x in norms_of.maps(torch.randn(2, 3, 64, 96)):
+        near(x.mean(1), np.zeros((2, *x.shape[2:])), atol=1e-5)
+    plain = opened(str(weights), model="plain_test")
+    state = hpvit.read_checkpoint(weights)["model"]
+    own = plain.state_dict()
+    assert own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own)
+    answer = run("export", weights=str(weights), naming="timm", output=str(tmp_path / "e.pth"),
+                 model="plain_test")  # fmt: skip
+    assert answer["tensors"] == len(state)
+    assert torch.load(tmp_path / "e.pth", weights_only=True).keys() == state.keys()
+
+
+def test_a_tuned_file_at_another_size(tmp_path: Path) -> None:
+    """Fine-tuning goes on at 128 px: positions of the hierarchical map are interpolated."""
+    _, tuned = trained_files(tmp_path)
+    file = hpvit.read_checkpoint(tuned)
+    config = hpvit.model_config(TEST, input_size=128)
+    make = partial(HPViTClassifier, config, len(file["model"]["head.bias"]))
+    model, said = hpvit.load_weights(make, str(tuned), file, True)
+    assert said.endswith("positions from 256 to 1024")
+    table = hpvit.stretch(file["model"]["pos_embed"][0], (32, 32))
+    assert torch.equal(model.pos_embed[0], table)
+    with torch.no_grad():
+        same_map = opened(str(tuned)).maps(torch.ones(1, 3, 128, 128))[0]
+        near(model.eval().maps(torch.ones(1, 3, 128, 128))[0], same_map, atol=1e-5)
+
+
+# ── commands ────────────────────────────────────────────────────────────────────────────
+
+
+def test_pretraining_says_what_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for model, said in (("test", True), ("plain_test", False)):
+        run("pretrain", model=model)
+        assert ("the plain ViT that test is made from" in capsys.readouterr().out) == said
+    with pytest.raises(InputError, match="a multiple of 16"):
+        run("pretrain", model="test", input_size=72, patch_stride=2, depths=(3,), windows=(0,))
+
+
+def test_pictures_show_what_is_visible() -> None:
+    """Second column: grey where hidden; third: pasted where visible."""
+    config = replace(TEST, norm_pix_loss=False)
+    model, plan = mae(config), hpvit.draw_shuffle(config, 0.6, 2, (0,))
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hpvit.data, "draw_columns", lambda columns, labels: found.update(
+            columns=columns, labels=labels))  # fmt: skip
+        _, loss = hpvit.draw_reconstructions(model, pixels, plan)
+    whole, seen, filled = found["columns"]
+    assert found["labels"] == ("image", "visible", "reconstruction")
+    hidden = mask_of(hpvit.to_device(plan, CPU)).reshape(2, 1, 4, 4)
+    hidden = hidden.repeat_interleave(16, 2).repeat_interleave(16, 3).expand_as(whole)
+    assert torch.equal(whole, hpvit.data.normalize(pixels))
+    assert (seen[hidden] == 0).all() and torch.equal(seen[~hidden], whole[~hidden])
+    assert torch.equal(filled[~hidden], whole[~hidden])
+    near((filled - whole)[hidden].square().mean(), loss, rtol=1e-5)
+
+
+def test_features_are_what_a_head_sees(tmp_path: Path) -> None:
+    weights, tuned = trained_files(tmp_path)
+    for path, flags in ((weights, {}), (tuned, {}), (weights, {"model": "plain_test"})):
+        out = str(tmp_path / "f.npz")
+        run("features", weights=str(path), data_path="drawn:3", output=out, **flags)
+        encoder = hpvit.open_model(
+            hpvit.configure("features", weights=str(path), device="cpu", **flags), head=False)[1]
+        crop = hpvit.data.EvalCrop(64, "mae")
+        source = hpvit.data.open_source("drawn:3")
+        images, *_ = next(hpvit.data.eval_batches(source, crop, batch_size=3))
+        with np.load(out) as stored, torch.no_grad():
+            near(encoder(hpvit.data.normalize(images)), stored["features"], atol=1e-5)
