@@ -59,6 +59,7 @@ Usage:
         --weights mae_pretrain_vit_base.pth          (or plain_base: MAE's own fine-tuning)
     python hpvit.py {evaluate,reconstruct,export,features} --help
 Feature maps for dense heads: `maps = load_backbone(FILE).maps(images)`, of any height and width.
+Of released MAE `reconstruct` takes full files, and with --no_norm_pix_loss the visualize ones.
 To copy: this file and `common/`. The method alone: `ModelConfig`, and from "masking" to "model".
 """
 
@@ -114,9 +115,10 @@ Pixels = Annotated[int, (1, 4096)] | tuple[int, int]  # a side, or 224x320: heig
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SCRIPT = Path(__file__).stem
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm (MAE)
+Window = Annotated[int, (0, 1024)]
 Kernel, Padding = Literal["keep", "4sum"], Literal["center", "corner"]
-Pool, Initial, Position = (
-    Literal["avg", "dwconv", "conv"], Literal["avg", "default"], Literal["interp", "sincos"])
+Pool, Initial = Literal["avg", "dwconv", "conv"], Literal["avg", "default"]
+Position = Literal["interp", "sincos"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class ModelConfig:
     num_heads: Count = 12
     # The hierarchical part, with grades.
     depths: tuple[Annotated[int, (1, 99)], ...] = (2, 2, 6, 2)  # blocks a stage, pools between (D)
-    windows: tuple[Annotated[int, (0, 1024)], ...] = (14, 14, 0, 0)  # tokens a side, 0 = whole (B)
+    windows: tuple[Window, ...] = (14, 14, 0, 0)  # tokens a side, 0 = the whole map (B)
     patch_stride: Annotated[int, (1, 64)] = 4  # (A)
     patch_kernel: Kernel = "keep"  # 4sum: kernel of a quarter of the side, sums of 4x4 values (D)
     patch_pad: Padding = "center"  # corner: zeros right and bottom only (B, D)
@@ -186,7 +188,7 @@ HIERARCHICAL = {  # pixels, patch, width, depth, heads; then, by name, what else
         128, 16, 192, 12, 3, windows=(8, 8, 0, 0), decoder_dim=192, decoder_depth=2,
         decoder_num_heads=6),
     "demo": ModelConfig(  # ours
-        64, 8, 64, 6, 2, (1, 2, 3), (8, 8, 0), decoder_dim=64, decoder_depth=2,
+        64, 16, 96, 6, 3, (2, 4), (4, 0), 8, decoder_dim=64, decoder_depth=1,
         decoder_num_heads=2),
     "test": ModelConfig(  # ours
         64, 16, 16, 3, 2, (1, 1, 1), (6, 4, 0), decoder_dim=16, decoder_depth=1,
@@ -259,12 +261,12 @@ class FileConfig:
 class MethodConfig:
     """What HPViT lets one change of the network; None = as the file or the model has it."""
     depths: tuple[Count, ...] | None = None  # blocks a stage, pools between: 2,2,6,2 (ours)
-    windows: tuple[Whole, ...] | None = None  # a window a stage, 0 = whole map: 14,14,0,0 (ours)
+    windows: tuple[Window, ...] | None = None  # a window a stage, 0 = whole map: 14,14,0,0 (ours)
     patch_stride: Count | None = None  # px between tokens: 4, 8, or 16 = plain (paper: 4)
     patch_kernel: Kernel | None = None  # keep, or sum it over 4x4 to a quarter of the side (ours)
     patch_pad: Padding | None = None  # zeros all around (released ViTPose) or right, below (ours)
     pool: Pool | None = None  # average, or depthwise or dense convolution (paper: both kinds)
-    pool_kernel: Count | None = None  # of convolutions: 2 or 3 (ours)
+    pool_kernel: Annotated[int, (2, 3)] | None = None  # of convolutions: 2 or 3 (ours)
     pool_init: Initial | None = None  # convolutions begin as averages, or PyTorch's way (ours)
     pos: Position | None = None  # interpolate the table (MAE), or the formula anew (ours)
     cls_token: bool | None = None  # class token, if no map is cut into windows (MAE)
@@ -586,16 +588,18 @@ class HPViT(nn.Module):
             Block(dim, WindowAttention(dim, config.num_heads), config.mlp_ratio, LAYER_NORM_EPS,
                   rate) for rate in rates)
         self.pools = nn.ModuleList(make_pool(config) for _ in range(stages - 1))
-        norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
-        self.norm, self.fc_norm = (nn.Identity(), norm)[:: 1 if config.global_pool else -1]
+        # One of them, as in MAE: before the class token is taken, or behind the mean.
+        norm, pooled = nn.LayerNorm(dim, LAYER_NORM_EPS), config.global_pool
+        self.norm, self.fc_norm = (nn.Identity(), norm) if pooled else (norm, nn.Identity())
         self.map_norms = nn.ModuleList()  # of `maps`, if there are any, one a map
         self.grad_checkpoint = False
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for table in (self.pos_embed, self.cls_token) if config.cls_token else (self.pos_embed,):
-            nn.init.trunc_normal_(table, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if config.cls_token:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def positions(self, shape: Sequence[int]) -> Tensor:
         """(N, C) for an (h, w) map, the class token's first; interpolated if it is another map."""
@@ -641,10 +645,10 @@ class HPViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C): what a head sees, the mean token, or the class token."""
-        (x, _), = self.outputs(images, [self.config.depth])
-        x = self.norm(x)
-        return self.fc_norm(x[:, int(self.config.cls_token):].mean(1)
-                            if self.config.global_pool else x[:, 0])
+        [(x, _)] = self.outputs(images, [self.config.depth])
+        if not self.config.global_pool:
+            return self.norm(x)[:, 0]
+        return self.fc_norm(x[:, int(self.config.cls_token):].mean(1))
 
     def maps(self, images: Tensor, blocks: Sequence[int] = ()) -> list[Tensor]:
         """(B, 3, H, W) normalised -> a map (B, C, h, w) of every stage, or behind so many `blocks`
@@ -681,7 +685,8 @@ def convert(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     dropped += [] if config.cls_token else ["cls_token"]
     dropped += ["norm."] if config.global_pool and not tuned else []
     found = {k: v for k, v in state.items() if not k.startswith(tuple(dropped))}
-    if (weight := found["patch_embed.proj.weight"]).shape[-1] == 4 * config.kernel:  # 4sum
+    weight = found["patch_embed.proj.weight"]
+    if config.patch_kernel == "4sum" and weight.shape[-1] == config.patch_size:
         found["patch_embed.proj.weight"] = reduce(
             weight, "c three (h p) (w q) -> c three h w", "sum", p=4, q=4)
     lead, side = int("cls_token" in state), config.side(0)
@@ -1512,7 +1517,8 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
     elif config.plain and not outputs and not whole:  # as it was pre-trained
         make = partial(HPViT, replace(config, global_pool="fc_norm.weight" in state))
     model, said = load_weights(make, cfg.weights, file)
-    process.say(f"{said}; {name}, {describe(replace(config, input_size=size))}")
+    shown = replace(plain_twin(config) if whole else config, input_size=size)
+    process.say(f"{said}; {name}, {describe(shown)}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
 
 
