@@ -53,7 +53,7 @@ P values of a patch; H, W pixels, (h, w) tokens of a map.
 Comments say where a value is from: (paper), (released ...), (MAE), (ours) = chosen here.
 
 Usage:
-    python hpvit.py demo                                             about a minute, two CPU cores
+    python hpvit.py demo                                           a minute or two, two CPU cores
     torchrun --nproc_per_node 8 hpvit.py --model hpvit_base --data_path /imagenet
     torchrun --nproc_per_node 8 hpvit.py finetune --data_path /imagenet --model hpvit_base \
         --weights mae_pretrain_vit_base.pth          (or plain_base: MAE's own fine-tuning)

@@ -265,6 +265,12 @@ def check_plain(fixture: Fixture) -> None:
     check_classifier(fixture, model, sites)
 
 
+PLAIN = {  # the least that a plain state dict is recognised by
+    "cls_token": torch.zeros(1, 1, 4), "norm.weight": torch.ones(4), "norm.bias": torch.zeros(4),
+    "patch_embed.proj.weight": torch.zeros(4, 3, 16, 16),
+}  # fmt: skip
+
+
 def check_hierarchical(fixture: Fixture) -> None:
     meta = fixture.meta
     config = hpvit.model_config(ModelConfig(
@@ -278,9 +284,7 @@ def check_hierarchical(fixture: Fixture) -> None:
     shape = tuple(side // config.patch_stride for side in meta["images"][2:])
     rows = torch.cat([table[: 1 if config.cls_token else 0], hpvit.stretch(table[1:], shape)])
     if shape == model.grid:  # what a checkpoint of MAE becomes
-        plain = {"cls_token": table[None, :1], "pos_embed": table[None],
-                 "patch_embed.proj.weight": model.patch_embed.proj.weight.detach()}  # fmt: skip
-        same(hpvit.convert(plain, config)["pos_embed"], rows[None])
+        same(hpvit.convert(PLAIN | {"pos_embed": table[None]}, config)["pos_embed"], rows[None])
     model.pos_embed, model.grid = nn.Parameter(rows[None]), shape
     fill(model, meta["weight_seed"], tuple(meta["kept"]))
     check_state(fixture, model)
@@ -374,7 +378,7 @@ def embedded(module: nn.Module, images: Tensor, how: str) -> Tensor:
         stride, pad = int(how[6]), how.split("_")[1]
     if how.startswith("kernel4"):
         stride = 4
-        state = {"patch_embed.proj.weight": weight, "pos_embed": torch.zeros(1, 4, 4)}
+        state = PLAIN | {"patch_embed.proj.weight": weight, "pos_embed": torch.zeros(1, 5, 4)}
         config = replace(BASE, input_size=8, patch_kernel="4sum")
         if how.endswith("blocksum"):
             weight = hpvit.convert(state, config)["patch_embed.proj.weight"]
@@ -1101,6 +1105,7 @@ def test_all_models_fit() -> None:
         assert config.plain == name.startswith("plain_")
         assert hpvit.plain_twin(config).plain
         hpvit.check_size(config.input_size, config.patch_size)
+        on_meta(partial(MAE, config)), on_meta(partial(HPViT, config))
     assert hpvit.MODELS["hpvit_base_light"].depths == (1, 1, 8, 2)
     assert hpvit.configure(model="vit_base_patch16_224").model == "plain_base"
     assert hpvit.configure(model="mae_vit_huge_patch14").model == "plain_huge"
