@@ -115,7 +115,15 @@ def check_features(fixture: Fixture, found: dict[str, Tensor]) -> None:
 def check_double(
     fixture: Fixture, model: nn.Module, answer: Callable[[nn.Module], tuple[Tensor, Tensor]]
 ) -> None:
-    """(loss, output) and every gradient of the model in float64, then as it was before."""
+    """(loss, output) and every gradient of the model in float64, then as it was before.
+
+    Of a fixture whose positions are interpolated, which is done in float32 and so rounded as the
+    CPU does it, four times its own difference between float32 and float64 is allowed.
+    """
+    spread = fixture.meta["float32_vs_float64"] if "stride" in fixture.meta else {}
+    allowed = {"loss64": spread.get("loss_abs", 0.0), "pred64": spread.get("pred", {}).get(
+        "max_abs", 0.0), "grad_norms64": spread.get("grad_norms_max_rel", 0.0)}  # fmt: skip
+    allowed = {key: max(DOUBLE, 4 * value) for key, value in allowed.items()}
     stored = {k: fixture.arrays.get(k) for k in ("loss64", "pred64", "grad_norms64")}
     with doubles():
         loss, output = answer(model.double())
@@ -125,10 +133,11 @@ def check_double(
         near(output[slices], fixture.take("pred64_slice"), atol=DOUBLE, message="pred64_slice")
     for key, ours in (("loss64", loss), ("pred64", output)):
         if stored[key] is not None:
-            near(ours, stored[key], atol=DOUBLE, message=key)
+            near(ours, stored[key], atol=allowed[key], message=key)
     if stored["grad_norms64"] is not None:
         ours = norms([p.grad for p in trained(fixture, model).values()])
-        near(ours, stored["grad_norms64"], rtol=DOUBLE, atol=DOUBLE, message="grad_norms64")
+        near(ours, stored["grad_norms64"], rtol=allowed["grad_norms64"], atol=DOUBLE,
+             message="grad_norms64")  # fmt: skip
     model.zero_grad()
     model.float()
 
