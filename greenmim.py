@@ -959,11 +959,11 @@ def setup_process(device: str, dtype: str) -> Process:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
-                     layer_decay: float = 1.0) -> list[dict]:
-    """AdamW groups: no decay for vectors and UNDECAYED names; `lr_scale` by layer."""
+                     layer_decay: float = 1.0, undecayed: Sequence[str] = UNDECAYED) -> list[dict]:
+    """AdamW groups: no decay for vectors and `undecayed` names; `lr_scale` by layer."""
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or name.endswith(UNDECAYED)
+        exempt = parameter.ndim <= 1 or name.endswith(tuple(undecayed))
         scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
         if parameter.requires_grad:
             groups.setdefault((exempt, scale), []).append(parameter)
@@ -1546,9 +1546,9 @@ def reconstruct(cfg: UseConfig) -> dict:
     return {"output": str(output), "images": len(pixels), "mask_ratio": ratio, "loss": loss}
 
 
-def save_state(process: Process, output: Path, state: dict[str, Tensor], key: str = "") -> dict:
-    """Write a state dict, under `key` if there is one, as .pth or .safetensors, once."""
-    write = partial(torch.save, {key: state} if key else state)
+def save_state(process: Process, output: Path, state: dict[str, Tensor], content: dict) -> dict:
+    """Write a state dict, once: as .safetensors, or the `content` that holds it as .pth."""
+    write = partial(torch.save, content)
     if output.suffix == ".safetensors":
         with data.blaming(output):
             from safetensors.torch import save
@@ -1567,8 +1567,8 @@ def export(cfg: UseConfig) -> dict:
         raise InputError("export writes a network as its file has it: leave out --input_size")
     process, model, *_ = open_model(cfg)
     config, output = model.config, Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
-    key = "" if cfg.naming == "timm" else "model"
-    result = save_state(process, output, export_state(model, cfg.naming), key)
+    state = export_state(model, cfg.naming)
+    result = save_state(process, output, state, state if cfg.naming == "timm" else {"model": state})
     if cfg.naming == "timm":
         names = ("patch_size", "embed_dim", "depths", "num_heads", "window_size")
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)

@@ -1014,11 +1014,11 @@ def setup_process(device: str, dtype: str) -> Process:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
-                     layer_decay: float = 1.0) -> list[dict]:
-    """AdamW groups: no decay for vectors and UNDECAYED names; `lr_scale` by layer."""
+                     layer_decay: float = 1.0, undecayed: Sequence[str] = UNDECAYED) -> list[dict]:
+    """AdamW groups: no decay for vectors and `undecayed` names; `lr_scale` by layer."""
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or name.endswith(UNDECAYED)
+        exempt = parameter.ndim <= 1 or name.endswith(tuple(undecayed))
         scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
         if parameter.requires_grad:
             groups.setdefault((exempt, scale), []).append(parameter)
@@ -1612,9 +1612,9 @@ def reconstruct(cfg: UseConfig) -> dict:
     return {"output": str(output), "images": len(pixels), "mask_ratio": ratio, "loss": loss}
 
 
-def save_state(process: Process, output: Path, state: dict[str, Tensor], key: str = "") -> dict:
-    """Write a state dict, under `key` if there is one, as .pth or .safetensors, once."""
-    write = partial(torch.save, {key: state} if key else state)
+def save_state(process: Process, output: Path, state: dict[str, Tensor], content: dict) -> dict:
+    """Write a state dict, once: as .safetensors, or the `content` that holds it as .pth."""
+    write = partial(torch.save, content)
     if output.suffix == ".safetensors":
         with data.blaming(output):
             from safetensors.torch import save
@@ -1640,7 +1640,8 @@ def export(cfg: UseConfig) -> dict:
     if cfg.naming == "swin" and windows != [min(windows[0], side) for side in sides]:
         raise InputError(f"--naming swin: Swin has one window size for all stages, not {windows}")
     output = Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
-    result = save_state(process, output, export_state(model, cfg.naming), "model")
+    state = export_state(model, cfg.naming)
+    result = save_state(process, output, state, {"model": state})
     if cfg.naming == "swin":
         process.say(f"note: for a Swin with window_size={windows[0]}, whose answers differ: it has "
                     "no absolute_pos_embed, which is left out, and shifts every second block's "

@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
-    "greenmim.py": 1741, "mixmae.py": 1810, "hpvit.py": 1550, "distill_lite.py": 1850,
+    "greenmim.py": 1741, "mixmae.py": 1810, "hpvit.py": 1825, "distill_lite.py": 1850,
     "fastmim.py": 2000,
 }  # fmt: skip
 COMMON_LINES = 1200  # all modules together
@@ -59,8 +59,8 @@ DIFFERENT = {
     "INDEX_BUFFERS", "identify", "swin_names", "load_weights", "export_state",
     "UNDECAYED", "layer_id",
     # what trains and uses it
-    "pretrain", "finetune", "open_model", "reconstruct", "draw_reconstructions", "export",
-    "demo",
+    "pretrain", "finetune", "open_model", "load_backbone", "embed", "reconstruct",
+    "draw_reconstructions", "export", "demo",
 }  # fmt: skip
 # What runs any method: in every script, the same text, and no method is named in it.
 RUNNING = {
