@@ -41,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import greenmim
+import hpvit
 import mixmae
 from common import data, grouping
 
@@ -63,6 +64,8 @@ class Workload:
     loss: Callable[[Tensor, object], Tensor]  # (normalised images, plan on the device) -> loss
     gflop: float | None = None  # per image: a fixed reading to compare speeds by
     slowness: int = 1  # the number of steps is divided by this
+    batch_size: int = 0  # instead of --batch_size
+    forward: Callable[[], object] | None = None  # to count multiply-adds of, without storage
 
 
 TABLES: list[dict] = []  # all that were printed, for --json
@@ -159,7 +162,7 @@ def print_profile(title: str, step: Callable[[], dict[str, float]], cuda: bool) 
 
 def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace) -> dict:
     """A row of a method's table, and the numbers to compare rows by."""
-    device, batch, size = process.device, args.batch_size, work.input_size
+    device, batch, size = process.device, work.batch_size or args.batch_size, work.input_size
     pixels = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
     parameters = work.model.train().parameters()
     groups = [{"params": list(parameters), "weight_decay": 0.05, "lr_scale": 1.0}]
@@ -173,8 +176,11 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
     split = {part: statistics.median(s[part] for s in splits[WARM_UP:]) for part in splits[0]}
     # The counter knows matrix products, so attention has to be made of them.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        plan = greenmim.to_device(work.plan(0), device)
-        work.loss(data.normalize(pixels.to(device)), plan)
+        if work.forward:
+            work.forward()
+        else:
+            plan = greenmim.to_device(work.plan(0), device)
+            work.loss(data.normalize(pixels.to(device)), plan)
     flop = counter.get_total_flops() / batch  # forward; the backward pass has twice as many
     speed = batch / split["step"]
     fixed = f"{speed * work.gflop * 1e9 / rate:.0%}" if work.gflop else ""
@@ -283,9 +289,47 @@ def unmixed_work(args: argparse.Namespace, device: torch.device) -> Workload:
     )  # fmt: skip
 
 
+def mae_work(args: argparse.Namespace, device: torch.device) -> Workload:
+    """Pre-training of the plain ViT that an HPViT is made from."""
+    config = hpvit.MODELS["plain_base"]
+    model = hpvit.MAE(config).to(device)
+    return Workload(
+        f"MAE ViT-B, {config.input_size} px, batch {args.batch_size}", model, config.input_size,
+        plan=lambda number: hpvit.draw_shuffle(config, 0.75, args.batch_size, (0, number, 0, 1)),
+        loss=lambda images, plan: model(images, plan)[0], slowness=3,
+    )  # fmt: skip
+
+
+HIERARCHIES = {
+    "plain ViT-B": ("plain_base", {}), "HPViT-B light": ("hpvit_base_light", {}),
+    "HPViT-B": ("hpvit_base", {}), "HPViT-B, all global": ("hpvit_base", {"windows": (0, 0, 0, 0)}),
+}  # fmt: skip
+
+
+def hierarchy_work(
+    args: argparse.Namespace, device: torch.device, label: str, size: int
+) -> Workload:
+    """Fine-tuning's step of one image."""
+    name, changes = HIERARCHIES[label]
+    config = hpvit.model_config(hpvit.MODELS[name], input_size=size, **changes)
+    model, target = hpvit.HPViTClassifier(config, 1000).to(device), torch.zeros(1, device=device)
+
+    def forward() -> Tensor:
+        with torch.device("meta"):
+            return hpvit.HPViTClassifier(config, 1000)(torch.empty(1, 3, size, size))
+
+    return Workload(
+        f"{label}, {size} px", model, size, plan=lambda number: [], slowness=9, batch_size=1,
+        forward=forward,
+        loss=lambda images, _: F.cross_entropy(model(images).float(), target.long()),
+    )  # fmt: skip
+
+
 METHODS: dict[str, list[Callable[[argparse.Namespace, torch.device], Workload]]] = {
     "greenmim": [greenmim_work, partial(dense_work, small=False), partial(dense_work, small=True)],
     "mixmae": [partial(mixmae_work, masked=False), partial(mixmae_work, masked=True), unmixed_work],
+    "hpvit": [mae_work, *(partial(hierarchy_work, label=label, size=size)
+                          for size in (224, 512) for label in HIERARCHIES)],
 }
 
 
@@ -309,7 +353,8 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
     header = ["step", "dtype", "images/s", "planning s", "data s", "forward s", "backward s",
               "optimizer s", "planning", "peak GB", "GMAC/image", "product GFLOP/s", "share",
               "fixed share", "speed ratio", "memory ratio"]  # fmt: skip
-    table(f"{method}, {args.model}, batch {args.batch_size}", header, rows)
+    named = f"{method}, {args.model}, batch {args.batch_size}" if method != "hpvit" else method
+    table(named, header, rows)
     print(f"\nPlain matrix products between the steps: {', '.join(rates)}. Share of that rate: by "
           "the multiply-adds\ncounted in a forward pass, times three; fixed share: by the FLOP of "
           "the released code. Ratios: to the first row of the dtype.")  # fmt: skip
