@@ -614,15 +614,15 @@ def test_demo(
         pytest.skip("--demo_seeds 3 runs all three")
     words = [sys.executable, script.__file__, "demo", "--seed", str(seed)]
     done = subprocess.run(
-        [*words, "--output", str(tmp_path / "demo")], capture_output=True, text=True, timeout=600
+        [*words, "--output", str(tmp_path / "demo")], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert {"pretrained_acc1", "scratch_acc1", "chance", "picture", "seconds"} <= result.keys()
     assert result["pretrained_acc1"] - result["scratch_acc1"] >= 5
     assert result["chance"] == 10
-    # Twice what is promised of a machine that has nothing else to do.
-    assert result["seconds"] < (480 if script.SCRIPT == "distill_lite" else 240)
+    # Four times what is promised of a slow machine that has nothing else to do.
+    assert result["seconds"] < (960 if script.SCRIPT == "distill_lite" else 480)
     Image.open(result["picture"]).verify()
 
 
