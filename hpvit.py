@@ -20,9 +20,11 @@ its own: noise sorts its patches, the first quarter stays visible.
     t = (u - mean(u)) / sqrt(var(u) + 1e-6)            u the pixels of one patch          (5)
     loss = mean over hidden patches of (prediction - t)^2                                 (6)
     patch (i, j) = 16x16 px about the centre of cell (i, j) of 4x4 px, zeros outside      (7)
-    position(i, j) = plain table, bicubic, at ((i + 1/2) / 4 - 1/2, (j + 1/2) / 4 - 1/2)  (8)
+    position(i, j) = plain table, bicubic, at ((i + 1/2) / r - 1/2, (j + 1/2) / r - 1/2)  (8)
 
-(1) to (3), (5) and (6) are MAE; (4), (7) and (8) make it hierarchical.
+(1) to (3), (5) and (6) are MAE; (4), (7), (8) and the windows of (2) make it hierarchical. r is the
+side of a patch over its stride, 16 / 4; (8) reads the table where (7) has the centre of the patch.
+The variance of (5) is the unbiased one.
 
 Data flow of ViT-B at 224 px. Stages count from 0, blocks and pools too.
     pre-training: images (B, 3, 224, 224) -> U = 196 patches of 16 px, V = 49 visible ones of them
@@ -32,21 +34,24 @@ Data flow of ViT-B at 224 px. Stages count from 0, blocks and pools too.
     stage 0, windows of 14x14, pool (B, 784, 768) -> stage 1, the same, pool (B, 196, 768)
     stage 2, pool (B, 49, 768) -> stage 3, mean, norm, Linear              (B, classes)
 
-What is certain, by grade (the same letters mark the fields of `ModelConfig`):
-  A, the abstract: MAE pre-training of a plain ViT; stride 16 to 4; pools, convolutions or averages,
+What is certain, by grade (`ModelConfig` grades its fields in these words):
+  abstract: MAE pre-training of a plain ViT; stride 16 to 4; pools, convolutions or averages,
     between blocks; maps of 1/4 to 1/32; off-the-shelf weights. Width and blocks, then, stay.
-  B, the authors' code for neighbouring problems: zeros around the image so that (7) is centred
-    (ViTPose); windows of 14 in the stages of many tokens (ViTAEv2, ViTDet), padded right and
-    bottom, the padding not masked; no class token (ViTPose, ViTDet); a pool learns at the rate of
-    the block before it (ViTDet).
-  C, released MAE: all of pre-training, bicubic (8), the head on the mean token, the recipes.
-  D, ours, where nothing decides: pools after blocks 2, 4 and 10 (Swin's 2, 2, 6, 2), averages by
-    default, convolutions that begin as averages, the alternatives `4sum`, `corner`, `sincos`.
+  authors, their code for neighbouring problems: a kernel of 16 px as before, zeros around the image
+    so that (7) is centred (ViTPose); windows of 14 in the stages of many tokens (ViTAEv2, ViTDet),
+    padded right and bottom, the padding not masked: it takes its share of the softmax, with the
+    biases as keys and values; no class token (ViTPose, ViTDet); a pool learns at the rate of the
+    block before it (ViTDet).
+  MAE, released: all of pre-training, bicubic (8), the head on the mean token, the recipes.
+  ours, where nothing decides: pools after 2, 4 and 10 of 12 blocks (Swin's 2, 2, 6, 2; ViT-L
+    2, 2, 18, 2), all of HPViT-H and light, averages by default, convolutions of 2x2 that begin as
+    averages, the alternatives `4sum`, `corner`, `sincos`, `--pool_lr full`.
 A reader of the abstract alone may want attention over the whole map everywhere: --windows 0,0,0,0.
 
 Released MAE, and here: it predicts all patches and uses the hidden ones, here only these are
 predicted. Kept: the bias of the embedding is drawn as PyTorch does, class and mask token decay in
-pre-training but not in fine-tuning, the last norm is dropped where the head is on the mean token.
+pre-training, the class token not in fine-tuning, the last norm is dropped where the head is on the
+mean token.
 
 Letters: B batch, N tokens, V visible and U all patches, C channels, h heads, d head width,
 P values of a patch; H, W pixels, (h, w) tokens of a map.
@@ -130,17 +135,17 @@ class ModelConfig:
     depth: Annotated[int, (1, 99)] = 12
     num_heads: Count = 12
     # The hierarchical part, with grades.
-    depths: tuple[Annotated[int, (1, 99)], ...] = (2, 2, 6, 2)  # blocks a stage, pools between (D)
-    windows: tuple[Window, ...] = (14, 14, 0, 0)  # tokens a side, 0 = the whole map (B)
-    patch_stride: Annotated[int, (1, 64)] = 4  # (A)
-    patch_kernel: Kernel = "keep"  # 4sum: kernel of a quarter of the side, sums of 4x4 values (D)
-    patch_pad: Padding = "center"  # corner: zeros right and bottom only (B, D)
-    pool: Pool = "avg"  # (A)
-    pool_kernel: Annotated[int, (2, 3)] = 2  # of convolutions; averages are of 2x2 (D)
-    pool_init: Initial = "avg"  # default: as PyTorch draws convolutions (D)
-    pos: Position = "interp"  # sincos: the formula of the plain table at the new places (C, D)
-    cls_token: bool = False  # pools leave it alone (B; C: plain networks have one)
-    global_pool: bool = True  # the head sees the mean of the map's tokens, not the class token (C)
+    depths: tuple[Annotated[int, (1, 99)], ...] = (2, 2, 6, 2)  # blocks a stage (ours)
+    windows: tuple[Window, ...] = (14, 14, 0, 0)  # tokens a side, 0 = the whole map (authors)
+    patch_stride: Annotated[int, (1, 64)] = 4  # (abstract)
+    patch_kernel: Kernel = "keep"  # as pre-trained (authors); 4sum: of a quarter (ours)
+    patch_pad: Padding = "center"  # all around (authors); corner: right, bottom (ours)
+    pool: Pool = "avg"  # (abstract)
+    pool_kernel: Annotated[int, (2, 3)] = 2  # of convolutions; averages are of 2x2 (ours)
+    pool_init: Initial = "avg"  # default: as PyTorch draws convolutions (ours)
+    pos: Position = "interp"  # (MAE); sincos: its formula at the new places (ours)
+    cls_token: bool = False  # pools leave it alone (authors; MAE: plain networks have one)
+    global_pool: bool = True  # the head sees the mean token, not the class token (MAE)
     mlp_ratio: Annotated[float, (0.01, 100.0)] = 4.0
     decoder_dim: Annotated[int, (4, 4096)] = 512
     decoder_depth: Annotated[int, (1, 99)] = 8
@@ -211,7 +216,7 @@ RECIPES = {  # by command, recipe and, where it matters, model: what differs fro
         "model": "hpvit_tiny", "batch_size": 64, "blr": 1.6e-3, "epochs": 100,
         "warmup_epochs": 5.0},
     ("finetune", "small"): {
-        "model": "hpvit_tiny", "batch_size": 32, "blr": 8e-3, "epochs": 30, "warmup_epochs": 3.0,
+        "model": "hpvit_tiny", "batch_size": 32, "blr": 8e-3, "epochs": 60, "warmup_epochs": 3.0,
         "layer_decay": 0.8, "clip_grad": 1.0, "crop_min": 0.35, "mixup": 0.0, "cutmix": 0.0,
         "reprob": 0.0, "aa": "none"},
 }
@@ -261,15 +266,15 @@ class FileConfig:
 class MethodConfig:
     """What HPViT lets one change of the network; None = as the file or the model has it."""
     depths: tuple[Count, ...] | None = None  # blocks a stage, pools between: 2,2,6,2 (ours)
-    windows: tuple[Window, ...] | None = None  # a window a stage, 0 = whole map: 14,14,0,0 (ours)
+    windows: tuple[Window, ...] | None = None  # a stage, 0 = whole: 14,14,0,0 (released ViTDet)
     patch_stride: Count | None = None  # px between tokens: 4, 8, or 16 = plain (paper: 4)
-    patch_kernel: Kernel | None = None  # keep, or sum it over 4x4 to a quarter of the side (ours)
+    patch_kernel: Kernel | None = None  # keep (released ViTPose), or sums of 4x4 values (ours)
     patch_pad: Padding | None = None  # zeros all around (released ViTPose) or right, below (ours)
     pool: Pool | None = None  # average, or depthwise or dense convolution (paper: both kinds)
     pool_kernel: Annotated[int, (2, 3)] | None = None  # of convolutions: 2 or 3 (ours)
     pool_init: Initial | None = None  # convolutions begin as averages, or PyTorch's way (ours)
     pos: Position | None = None  # interpolate the table (MAE), or the formula anew (ours)
-    cls_token: bool | None = None  # class token, if no map is cut into windows (MAE)
+    cls_token: bool | None = None  # off (released ViTDet), on needs whole maps (plain: MAE)
     global_pool: bool | None = None  # head on the mean of tokens, else on the class token (MAE)
 
 
@@ -480,6 +485,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
@@ -574,7 +580,7 @@ class HPViT(nn.Module):
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.config = config
+        self.config = model_config(config)  # checks it
         dim, stages = config.embed_dim, len(config.depths)
         self.channels = [dim] * stages
         self.strides = [config.patch_stride * 2**i for i in range(stages)]
@@ -675,8 +681,10 @@ def stretch(table: Tensor, shape: Sequence[int]) -> Tensor:
 def convert(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Weights of a plain ViT as MAE trains it -> those of the network of `config`. All blocks stay
     as they are. Dropped: decoder, class token and last norm where there are none. Not made here:
-    pools and `fc_norm`, which begin as averages and as 1 and 0. Weights that were converted
-    before are left alone, but for positions of another size."""
+    pools and `fc_norm`, which begin as averages and as 1 and 0.
+
+    Weights that were fine-tuned, plain or hierarchical, pass as well: they have a head or its
+    `fc_norm`, and keep their norms; only positions of another size are interpolated."""
     tuned = "head.weight" in state or "fc_norm.weight" in state
     for key in () if tuned else ("cls_token", "norm.weight", "norm.bias"):
         if key not in state:
@@ -869,6 +877,9 @@ def identify(file: dict) -> tuple[str, ModelConfig]:
         found |= {"patch_size": patch, "patch_stride": patch, "depths": (depth,), "windows": (0,)}
     if "head.weight" in state:
         found["global_pool"] = "fc_norm.weight" in state
+    if "pools.0.weight" in state:
+        _, inputs, size, _ = state["pools.0.weight"].shape
+        found |= {"pool": "dwconv" if inputs == 1 else "conv", "pool_kernel": size}
     if "decoder_embed.weight" in state:
         blocks = [k for k in state if re.fullmatch(r"decoder_blocks\.\d+\.norm1\.weight", k)]
         found |= {"decoder_dim": len(state["decoder_embed.weight"]), "decoder_depth": len(blocks)}
@@ -908,7 +919,9 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             new = [part for part in ("pools", *(() if "head" in parts else ("fc_norm",)))
                    if part not in parts and any(k.startswith(f"{part}.") for k in own)]
             if there != own["pos_embed"].shape[1]:
-                notes.append(f"positions from {there} to {own['pos_embed'].shape[1]}")
+                notes.append(f"positions from a table of {there} to {own['pos_embed'].shape[1]}")
+            if not skeleton.config.plain and not parts & {"head", "fc_norm"}:
+                notes.append("made hierarchical; a plain_... --model is what was pre-trained")
         elif "decoder_pred.weight" not in state:
             raise ValueError("it has no decoder (mask_token): give pretrain's checkpoint-*.pth")
         elif state["pos_embed"].shape != own["pos_embed"].shape:
@@ -1141,7 +1154,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
                    for r in (file["args"], args))
     if wrong := differences(here, there, "the file has"):
-        raise ValueError(f"cannot resume with {wrong}; --resume none starts afresh")
+        raise ValueError(f"--resume none starts afresh: it cannot go on with {wrong}")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:
         raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
     records, sums = file["log"]["records"], file["log"]["epoch"].values()
@@ -1248,7 +1261,8 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
                 saved = time.monotonic()
         if stopping and step < total:
-            process.say(f"stopped after step {step}; --resume auto (the default) continues: {good}")
+            process.say(f"stopped after step {step}" + (
+                f"; --resume auto (the default) continues: {good}" if writes else ""))
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(0)
     return log["records"][-1]
 
@@ -1493,31 +1507,34 @@ def finetune(cfg: FinetuneConfig) -> dict:
 def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
                process: Process | None = None) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
     """Process, the network of --weights (`whole` = with its decoder, else an encoder or, if the
-    file has a head that is wanted, a classifier), what the file says of itself, and the crop."""
+    file has a head that is wanted, a classifier), its "args" as a file would have, and the crop."""
     if not cfg.weights:
         raise InputError("give --weights FILE")
     process, file = process or setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
     state, size = file["model"], cfg.input_size or config.input_size
     check_size(size, config.patch_size if whole else config.unit)
+    if not whole:  # is a class token cut off from its map?
+        model_config(config, input_size=max(np.atleast_1d(size).tolist()))
     make = partial(MAE if whole else HPViT, config)
     with data.blaming(cfg.weights):
         outputs = [len(state[k]) for k in ("head.weight", "head.bias") if k in state]
     if outputs and head and not whole:
         make = partial(HPViTClassifier, config, outputs[0])
-    elif config.plain and not outputs and not whole:  # as it was pre-trained
+    elif config.plain and not (outputs or whole) and cfg.global_pool is None:  # as pre-trained
         make = partial(HPViT, replace(config, global_pool="fc_norm.weight" in state))
     model, said = load_weights(make, cfg.weights, file)
     shown = replace(plain_twin(config) if whole else config, input_size=size)
     process.say(f"{said}; {name}, {describe(shown)}")
-    return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
+    args = file["args"] | {"script": SCRIPT, "model": name, "config": asdict(model.config)}
+    return process, model.to(process.device).eval(), args, data.EvalCrop(size, "mae")
 
 
-def load_backbone(path: str | Path, map_norm: bool = False) -> nn.Module:
-    """Encoder with the weights of any file that this script reads: .maps, .channels, .strides;
-    with `map_norm` a new LayerNorm for each map, to be trained with what uses the maps."""
+def load_backbone(path: str | Path, map_norm: bool = False, **flags: object) -> nn.Module:
+    """Encoder with the weights of any file, and `flags` as of `features` (model="hpvit_base" makes
+    one of MAE hierarchical): .maps, .channels, .strides; `map_norm`: a new LayerNorm a map."""
     alone = Process(0, 1, torch.device("cpu"), torch.float32)  # the program around it is not ours
-    encoder = open_model(UseConfig(weights=str(path)), head=False, process=alone)[1]
+    encoder = open_model(configure("features", weights=str(path), **flags), False, False, alone)[1]
     if map_norm:
         encoder.map_norms.extend(nn.LayerNorm(c, LAYER_NORM_EPS) for c in encoder.channels)
     return encoder
@@ -1647,6 +1664,9 @@ def export(cfg: UseConfig) -> dict:
     state = export_state(model)
     content = {"model": state} | ({} if config.plain else {"args": args})  # shapes tell too little
     result = save_state(process, output, state, state if cfg.naming == "timm" else content)
+    if not config.plain and output.suffix == ".safetensors":
+        process.say("tensors alone do not tell stages and windows: to read it give --model, and "
+                    "--depths, --windows and so on where they are not that model's")
     if config.plain:
         names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
@@ -1780,7 +1800,8 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
     config_class, function = COMMANDS.get(command) or configure(command)  # which knows the error
     parser = argparse.ArgumentParser(
         prog=f"{SCRIPT}.py {command}", description=function.__doc__, allow_abbrev=False,
-        epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help")
+        epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help; "
+               f"models: {', '.join(MODELS)}")
 
     def refuse(message: str) -> typing.NoReturn:
         raise InputError(f"{message} (see --help)")
@@ -1791,9 +1812,10 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for field in fields(config_class):
         hint, how = hints[field.name], {}
-        if typing.get_origin(hint) is Literal:
-            how = {"metavar": "{" + ",".join(typing.get_args(hint)) + "}"}
-        elif bool in (hint, *typing.get_args(hint)):
+        for kind in (hint, *typing.get_args(hint)):
+            if typing.get_origin(kind) is Literal:
+                how = {"metavar": "{" + ",".join(typing.get_args(kind)) + "}"}
+        if bool in (hint, *typing.get_args(hint)):
             how = {"action": argparse.BooleanOptionalAction}
         names = dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")])
         text = f"{helps[field.name]} [{field.default}]".replace("%", "%%")

@@ -488,6 +488,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
@@ -1149,7 +1150,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
                    for r in (file["args"], args))
     if wrong := differences(here, there, "the file has"):
-        raise ValueError(f"cannot resume with {wrong}; --resume none starts afresh")
+        raise ValueError(f"--resume none starts afresh: it cannot go on with {wrong}")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:
         raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
     records, sums = file["log"]["records"], file["log"]["epoch"].values()
@@ -1256,7 +1257,8 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
                 saved = time.monotonic()
         if stopping and step < total:
-            process.say(f"stopped after step {step}; --resume auto (the default) continues: {good}")
+            process.say(f"stopped after step {step}" + (
+                f"; --resume auto (the default) continues: {good}" if writes else ""))
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(0)
     return log["records"][-1]
 
@@ -1770,7 +1772,8 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
     config_class, function = COMMANDS.get(command) or configure(command)  # which knows the error
     parser = argparse.ArgumentParser(
         prog=f"{SCRIPT}.py {command}", description=function.__doc__, allow_abbrev=False,
-        epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help")
+        epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help; "
+               f"models: {', '.join(MODELS)}")
 
     def refuse(message: str) -> typing.NoReturn:
         raise InputError(f"{message} (see --help)")
@@ -1781,9 +1784,10 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for field in fields(config_class):
         hint, how = hints[field.name], {}
-        if typing.get_origin(hint) is Literal:
-            how = {"metavar": "{" + ",".join(typing.get_args(hint)) + "}"}
-        elif bool in (hint, *typing.get_args(hint)):
+        for kind in (hint, *typing.get_args(hint)):
+            if typing.get_origin(kind) is Literal:
+                how = {"metavar": "{" + ",".join(typing.get_args(kind)) + "}"}
+        if bool in (hint, *typing.get_args(hint)):
             how = {"action": argparse.BooleanOptionalAction}
         names = dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")])
         text = f"{helps[field.name]} [{field.default}]".replace("%", "%%")

@@ -68,6 +68,10 @@ def blaming(path: str | Path) -> Generator[None, None, None]:
             reason = "it is no PyTorch file of tensors and plain values"
         if isinstance(error, KeyError):
             reason = f"what it holds is not as expected, {error}"
+            if isinstance(error.args[0], int):  # of PyTorch's unpickler
+                reason = "it is no PyTorch file"
+        if isinstance(error, EOFError):
+            reason = "it is empty or cut off"
         if isinstance(error, ImportError):
             reason = f"pip install {error.name.partition('.')[0]} for such files"
         if found := re.search(r"GLOBAL (\S+)", str(error)):

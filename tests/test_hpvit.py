@@ -918,13 +918,14 @@ def test_12_conversion_uses_drops_and_makes(cls_token: bool) -> None:
     plain = mae()
     model, said = converted(small, plain.state_dict())
     state, own = plain.state_dict(), model.state_dict()
-    assert "new: fc_norm; the head starts fresh" in said and "positions from 17 to" in said
+    assert "new: fc_norm; the head starts fresh" in said
+    assert "positions from a table of 17 to" in said
     for key in own.keys() - {"pos_embed"} - {k for k in own if k.startswith(("fc_norm", "head"))}:
         assert torch.equal(own[key], state[key]), key
     assert (model.fc_norm.weight == 1).all() and (model.fc_norm.bias == 0).all()
     assert 0 < model.head.weight.abs().max() < 2e-4 and (model.head.bias == 0).all()
     table = hpvit.stretch(state["pos_embed"][0, 1:], (16, 16))
-    near(model.pos_embed[0, int(cls_token):], table, atol=0)
+    near(model.pos_embed[0, int(cls_token) :], table, atol=0)
     if cls_token:
         assert (model.pos_embed[0, 0] == 0).all()
 
@@ -1046,7 +1047,7 @@ def test_drop_path_drops_whole_images() -> None:
     model.blocks[0].mlp.fc2.bias.data.zero_()
     images = pictures(config, 1).expand(64, -1, -1, -1)
     torch.manual_seed(0)
-    (x, _), = model.outputs(images, [1])
+    ((x, _),) = model.outputs(images, [1])
     kinds = torch.unique(x, dim=0)
     assert len(kinds) == 2
 
@@ -1338,7 +1339,7 @@ def test_a_tuned_file_at_another_size(tmp_path: Path) -> None:
     config = hpvit.model_config(TEST, input_size=128)
     make = partial(HPViTClassifier, config, len(file["model"]["head.bias"]))
     model, said = hpvit.load_weights(make, str(tuned), file, True)
-    assert said.endswith("positions from 256 to 1024")
+    assert said.endswith("positions from a table of 256 to 1024")
     table = hpvit.stretch(file["model"]["pos_embed"][0], (32, 32))
     assert torch.equal(model.pos_embed[0], table)
     with torch.no_grad():
@@ -1383,9 +1384,224 @@ def test_features_are_what_a_head_sees(tmp_path: Path) -> None:
         out = str(tmp_path / "f.npz")
         run("features", weights=str(path), data_path="drawn:3", output=out, **flags)
         encoder = hpvit.open_model(
-            hpvit.configure("features", weights=str(path), device="cpu", **flags), head=False)[1]
+            hpvit.configure("features", weights=str(path), device="cpu", **flags), head=False
+        )[1]
         crop = hpvit.data.EvalCrop(64, "mae")
         source = hpvit.data.open_source("drawn:3")
         images, *_ = next(hpvit.data.eval_batches(source, crop, batch_size=3))
         with np.load(out) as stored, torch.no_grad():
             near(encoder(hpvit.data.normalize(images)), stored["features"], atol=1e-5)
+
+
+RECIPES = {  # spec, sections 6 and 7.1
+    "pretrain": {
+        "batch_size": 4096 // 64, "epochs": 800, "warmup_epochs": 40, "blr": 1.5e-4, "min_lr": 0,
+        "weight_decay": 0.05, "clip_grad": None, "crop_min": 0.2, "mask_ratio": 0.75,
+        "accum_iter": 1,
+    },
+    "finetune": {
+        "batch_size": 1024 // 32, "warmup_epochs": 5, "min_lr": 1e-6, "weight_decay": 0.05,
+        "clip_grad": None, "crop_min": 0.08, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+        "reprob": 0.25, "aa": "rand-m9-mstd0.5-inc1", "ema": 0, "pool_lr": "block",
+        "accum_iter": 1,
+    },
+}  # fmt: skip
+BY_SIZE = {  # epochs, blr, layer decay, drop path of fine-tuning
+    "base": (100, 5e-4, 0.65, 0.1), "large": (50, 1e-3, 0.75, 0.2), "huge": (50, 1e-3, 0.75, 0.3),
+}  # fmt: skip
+NETWORKS_OF_SPEC = {  # 2.1 and 2.2: pixels, patch, width, blocks, heads, depths
+    "base": (224, 16, 768, 12, 12, (2, 2, 6, 2)), "large": (224, 16, 1024, 24, 16, (2, 2, 18, 2)),
+    "huge": (224, 14, 1280, 32, 16, (2, 2, 26, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", BY_SIZE)
+def test_the_published_recipe_and_network(size: str) -> None:
+    for kind in ("hpvit", "plain"):
+        for command, wanted in RECIPES.items():
+            cfg = hpvit.configure(command, model=f"{kind}_{size}")
+            assert {key: getattr(cfg, key) for key in wanted} == wanted
+        values = (cfg.epochs, cfg.blr, cfg.layer_decay, cfg.drop_path)
+        assert values == BY_SIZE[size]
+        config, (*plain, depths) = hpvit.MODELS[f"{kind}_{size}"], NETWORKS_OF_SPEC[size]
+        assert [config.input_size, config.patch_size, config.embed_dim, config.depth,
+                config.num_heads] == plain  # fmt: skip
+        assert (config.decoder_dim, config.decoder_depth, config.decoder_num_heads) == (512, 8, 16)
+        assert (config.mlp_ratio, config.norm_pix_loss, config.global_pool) == (4, True, True)
+    config = hpvit.MODELS[f"hpvit_{size}"]
+    assert (config.depths, config.windows, config.patch_stride) == (depths, (14, 14, 0, 0), 4)
+    assert (config.patch_pad, config.pool, config.pos) == ("center", "avg", "interp")
+    light = hpvit.MODELS["hpvit_base_light"]
+    assert light == replace(BASE, depths=(1, 1, 8, 2))
+
+
+class Stop(Exception):
+    """Raised where training would begin."""
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_training_is_set_up_as_published(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW, decay of tokens, schedule, drop path: what the loop is given."""
+    seen = {}
+
+    def stop(cfg: object, process: object, parts: dict, loader: object, args: dict,
+             schedule: Callable, *_: object) -> None:  # fmt: skip
+        seen.update(parts, loader=loader, schedule=schedule)
+        raise Stop
+
+    monkeypatch.setattr(hpvit, "train", stop)
+    flags = {"drop_path": 0.3, "min_lr": 0.0} if command == "finetune" else {}
+    with pytest.raises(Stop):
+        run(command, model="test", data_path="drawn:2560", batch_size=256, epochs=8,
+            warmup_epochs=2, blr=1e-3, **flags)  # fmt: skip
+    model, optimizer = seen["model"], seen["optimizer"]
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    of = {name: groups[id(p)] for name, p in model.named_parameters()}
+    beta = 0.95 if command == "pretrain" else 0.999
+    assert all(g["betas"] == (0.9, beta) and g["eps"] == 1e-8 for g in optimizer.param_groups)
+    assert of["blocks.0.mlp.fc1.weight"]["weight_decay"] == 0.05
+    assert of["blocks.0.mlp.fc1.bias"]["weight_decay"] == 0
+    if command == "pretrain":
+        assert {of[k]["weight_decay"] for k in ("cls_token", "mask_token")} == {0.05}
+        assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0}
+    else:
+        assert of["pos_embed"]["weight_decay"] == 0
+        assert of["pos_embed"]["lr_scale"] == pytest.approx(0.65**4)
+        near([block.drop_path for block in model.blocks], [0, 0.15, 0.3], atol=1e-12)
+    rates = [seen["schedule"](step, 0.5) for step in (0, 10, 20, 50, 80)]  # ten steps an epoch
+    near(rates, [0, 0.25e-3, 0.5e-3, 0.25e-3, 0], atol=1e-12)
+
+
+def test_initial_weights_of_the_classifier() -> None:
+    """Truncated normal 0.02 for matrices, tokens and positions; embedding and pools apart."""
+    torch.manual_seed(0)
+    config = replace(BASE, input_size=64, depth=4, depths=(1, 1, 1, 1), windows=(0, 0, 0, 0),
+                     pool="dwconv", cls_token=True)  # fmt: skip
+    model = HPViTClassifier(config, 100)
+    for name, p in model.named_parameters():
+        what = name.rsplit(".", 1)[-1]
+        if "norm" in name:
+            assert (p == (1 if what == "weight" else 0)).all(), name
+        elif name.startswith("pools"):
+            assert (p == (0.25 if what == "weight" else 0)).all(), name
+        elif name.startswith("patch_embed"):
+            assert 0.99 * 768**-0.5 < p.abs().max() <= 768**-0.5, name
+        elif what == "bias":
+            assert (p == 0).all(), name
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
+
+
+def test_linear_probe_trains_the_head_on_plain_crops(tmp_path: Path) -> None:
+    weights, tuned = trained_files(tmp_path, linear_probe=True, pool="dwconv", pool_lr="full")
+    settings = hpvit.read_checkpoint(tuned)["args"]["settings"]
+    keys = ("mixup", "cutmix", "smoothing", "reprob", "drop_path")
+    assert [settings[key] for key in keys] == 5 * [0.0] and settings["aa"] == ""
+    config = hpvit.model_config(TEST, pool="dwconv")
+    before = hpvit.convert(hpvit.read_checkpoint(weights)["model"], config)
+    after = hpvit.read_checkpoint(tuned)["model"]
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert after["head.bias"].abs().max() > 0
+
+
+def test_sides_are_resized_as_in_mae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To 256 before a crop of 224, and so in every command."""
+    rules, real = [], hpvit.data.EvalCrop
+    monkeypatch.setattr(hpvit.data, "EvalCrop", lambda size, rule: rules.append(rule) or real(
+        size, rule))  # fmt: skip
+    _, tuned = trained_files(tmp_path)
+    run("evaluate", weights=str(tuned), data_path="drawn:40")
+    assert len(rules) >= 3 and set(rules) == {"mae"}
+    assert hpvit.data.eval_resize(224, "mae") == 256 and hpvit.data.eval_resize(384, "mae") == 384
+
+
+def test_files_of_mae_as_a_hierarchical_backbone(tmp_path: Path) -> None:
+    path = written(tmp_path, official("encoder"))
+    assert hpvit.load_backbone(path).strides == [16]
+    encoder = hpvit.load_backbone(path, model="test", input_size=None, map_norm=True)
+    assert encoder.config == TEST and encoder.strides == [4, 8, 16]
+    assert all(norm.eps == EPS for norm in encoder.map_norms)
+
+
+def test_a_flag_chooses_the_pooled_feature_of_a_plain_file(tmp_path: Path) -> None:
+    path = written(tmp_path, official("encoder"))
+    images = pictures(TEST)
+    token, mean = opened(path), opened(path, global_pool=True)
+    assert torch.equal(opened(path, global_pool=False)(images), token(images))
+    x = mean.outputs(images, [3])[0][0]
+    near(mean(images), F.layer_norm(x[:, 1:].mean(1), (16,), eps=EPS), atol=1e-5)
+    assert not torch.equal(mean(images), token(images))
+
+
+def test_a_class_token_in_windows_is_one_sentence(tmp_path: Path) -> None:
+    config = hpvit.model_config(TEST, windows=(16, 8, 0), cls_token=True)
+    model = classifier(config)
+    path = tmp_path / "file.pth"
+    args = {"script": "hpvit", "model": "test", "config": vars(config)}
+    torch.save({"model": model.state_dict(), "args": args}, path)
+    opened(str(path), input_size=(64, 32))
+    with pytest.raises(InputError, match="a class token sees whole maps"):
+        opened(str(path), input_size=(64, 128))
+
+
+def test_networks_that_cannot_be_are_refused_from_python() -> None:
+    for wrong in ({"depths": (1, 1, 2)}, {"windows": (0, 0)}, {"patch_stride": 32},
+                  {"patch_stride": 5}, {"cls_token": True}):  # fmt: skip
+        with pytest.raises(InputError):
+            HPViT(replace(TEST, **wrong))
+
+
+def test_pools_are_recognised() -> None:
+    config = hpvit.model_config(BASE, pool="conv", pool_kernel=3)
+    state = on_meta(partial(HPViTClassifier, config, 10)).state_dict()
+    assert hpvit.identify({"model": state, "args": {}}) == ("hpvit_base", config)
+
+
+# ── published files, with --checkpoints DIR ─────────────────────────────────────────────
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "published" in metafunc.fixturenames:
+        folder = metafunc.config.getoption("--checkpoints")
+        skip = pytest.mark.skip(reason="no --checkpoints DIR with mae_*.pth")
+        params = [pytest.param(p, id=p.stem) for p in sorted((folder or Path()).glob("mae_*.pth"))]
+        if folder is None or not params:
+            params = [pytest.param(None, marks=skip, id="none")]
+        metafunc.parametrize("published", params)
+
+
+def test_published_file_loads_strictly(published: Path) -> None:
+    """As what it is and made hierarchical; full ones also beat a grey guess on photographs."""
+    file = hpvit.read_checkpoint(published)
+    name, config = hpvit.identify(file)
+    assert name.startswith("plain_") and config == replace(
+        hpvit.MODELS[name], norm_pix_loss=config.norm_pix_loss)  # fmt: skip
+    for model in (name, name.replace("plain_", "hpvit_")):
+        opened(str(published), model=model)
+    if "decoder_pred.weight" not in file["model"]:
+        return
+    raw = "visualize" in published.name
+    flags = {"weights": str(published), "device": "cpu", "norm_pix_loss": not raw}
+    model = hpvit.open_model(hpvit.configure("reconstruct", **flags), whole=True)[1]
+    if photographs := [p for p in published.parent.iterdir()
+                       if p.suffix in hpvit.data.SUFFIXES]:  # fmt: skip
+        source, crop = hpvit.data.ImageFiles(photographs), hpvit.data.EvalCrop(
+            config.input_size, "mae")  # fmt: skip
+        pixels, *_ = next(hpvit.data.eval_batches(source, crop, batch_size=8))
+        with torch.no_grad():
+            loss = model(hpvit.data.normalize(pixels), plan_of(config, len(pixels), 0.75))[0]
+        assert loss < (0.5 if raw else 0.9)
+
+
+def test_an_exported_network_is_read_as_what_it_was(tmp_path: Path) -> None:
+    """Whatever flags made it, and from a released file, which says nothing of itself."""
+    path, images = written(tmp_path, official("encoder")), pictures(TEST)
+    for number, flags in enumerate(
+        ({"model": "test"}, {"model": "test", "depths": (1, 2), "windows": (0, 0)}, {})
+    ):
+        encoder = opened(path, **flags)
+        out = str(tmp_path / f"{number}.pth")
+        run("export", weights=path, output=out, **flags)
+        again = opened(out)
+        assert again.config == encoder.config
+        assert torch.equal(again(images), encoder(images))
