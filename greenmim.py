@@ -743,7 +743,8 @@ def read_checkpoint(path: str | Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols and exotic tensors
             file = torch.load(path, map_location="cpu", weights_only=True)
-        keys = [k for k in ("model", "state_dict") if isinstance(file, dict) and k in file]
+        names = ("model", "state_dict", "model_state") if isinstance(file, dict) else ()
+        keys = [k for k in names if k in file]
         file = file | {"model": file[keys[0]]} if keys else {"model": file}
         if not isinstance(file["model"], dict) or not file["model"]:
             raise ValueError("it holds no state dict, at the top, under 'model' or 'state_dict'")
@@ -961,11 +962,11 @@ UNDECAYED = (".bias", "bias_table", "token")  # ends of names, beside all vector
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
-                     layer_decay: float = 1.0) -> list[dict]:
-    """AdamW groups: no decay for vectors and UNDECAYED names; `lr_scale` by layer."""
+                     layer_decay: float = 1.0, undecayed: Sequence[str] = UNDECAYED) -> list[dict]:
+    """AdamW groups: no decay for vectors and `undecayed` names; `lr_scale` by layer."""
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or name.endswith(UNDECAYED)
+        exempt = parameter.ndim <= 1 or name.endswith(tuple(undecayed))
         scale = layer_decay ** (sum(depths) + 1 - layer_id(name, depths))
         if parameter.requires_grad:
             groups.setdefault((exempt, scale), []).append(parameter)
@@ -1109,8 +1110,10 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     if mine != found or len(there["state"]) not in (0, len(parameters)):
         raise ValueError("its optimizer has other parameters")
     # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
+    adam = isinstance(own, torch.optim.AdamW)
+    names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
     wanted = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
-              for i, p in enumerate(parameters) for k in ("step", "exp_avg", "exp_avg_sq")}
+              for i, p in enumerate(parameters) for k in names}
     found = {f"{k} of parameter {i}": v for i, x in there["state"].items() for k, v in x.items()}
     check_keys(data.checked(found), wanted if there["state"] else {})
 

@@ -60,14 +60,14 @@ DIFFERENT = {
     "UNDECAYED", "layer_id",
     # what trains and uses it
     "pretrain", "finetune", "open_model", "load_backbone", "embed", "evaluate", "reconstruct",
-    "draw_reconstructions", "export", "demo",
+    "draw_reconstructions", "export", "demo", "COMMANDS",
 }  # fmt: skip
 # What runs any method: in every script, the same text, and no method is named in it.
 RUNNING = {
     "SCRIPT", "RunConfig", "FileConfig", "known_model", "read_checkpoint", "choose_config",
     "Process", "setup_process", "parameter_groups", "lr_at", "apply_gradients", "PLACES",
     "prepare", "resume", "check_resumable", "TrainingError", "train", "save_training", "accuracy",
-    "nearest_neighbours", "features", "COMMANDS", "fit", "configure", "parse_config", "main",
+    "nearest_neighbours", "features", "fit", "configure", "parse_config", "main",
 }  # fmt: skip
 METHOD_WORDS = (
     "greenmim", "mixmae", "mixmim", "fastmim", "hpvit", "distill", "swin", "hiera", "vit",
