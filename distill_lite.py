@@ -1682,8 +1682,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     if mine != found or len(there["state"]) not in (0, len(parameters)):
         raise ValueError("its optimizer has other parameters")
     # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
-    adam = isinstance(own, torch.optim.AdamW)
-    names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+    names = ("step", "exp_avg", "exp_avg_sq") if "betas" in own.defaults else ("momentum_buffer",)
     wanted = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
               for i, p in enumerate(parameters) for k in names}
     found = {f"{k} of parameter {i}": v for i, x in there["state"].items() for k, v in x.items()}
@@ -2265,7 +2264,10 @@ def export(cfg: UseConfig) -> dict:
     print(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
           f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
     if cfg.naming == "timm":
-        print(f"{timm_call(model)} loads it strictly")
+        note = "" if config.kind == "hiera" else (
+            f"; with other than num_heads={config.num_heads}, which shapes do not show, it loads, "
+            "too, but answers wrongly")
+        print(f"{timm_call(model)} loads it strictly{note}")
     return {"output": str(output), "tensors": len(state)}
 
 
@@ -2280,8 +2282,7 @@ def timm_call(model: nn.Module) -> str:
     pool = "avg" if config.global_pool else "token"
     return (f"timm.create_model('vit_tiny_patch16_224', img_size={config.input_size}, "
             f"patch_size={config.patch_size}, embed_dim={config.embed_dim}, "
-            f"depth={config.depths[0]}, num_heads={config.num_heads} (shapes do not show it: with "
-            f"other heads it loads, too, and answers wrongly), mlp_ratio={config.mlp_ratio}, "
+            f"depth={config.depths[0]}, num_heads={config.num_heads}, mlp_ratio={config.mlp_ratio}, "
             f"num_classes={outputs}, global_pool='{pool}')")
 
 

@@ -1155,8 +1155,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     if mine != found or len(there["state"]) not in (0, len(parameters)):
         raise ValueError("its optimizer has other parameters")
     # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
-    adam = isinstance(own, torch.optim.AdamW)
-    names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+    names = ("step", "exp_avg", "exp_avg_sq") if "betas" in own.defaults else ("momentum_buffer",)
     wanted = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
               for i, p in enumerate(parameters) for k in names}
     found = {f"{k} of parameter {i}": v for i, x in there["state"].items() for k, v in x.items()}
