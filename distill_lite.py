@@ -1374,7 +1374,8 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             state = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}
         new = [k for k in own if k not in state and (is_new(k, model.config, fresh)
                                                      or (fresh and k in heads))]
-        check_keys(state, {k: v for k, v in own.items() if k not in new})
+        fixed = [k for k, _ in model.named_buffers() if k not in state]  # worked out anew
+        check_keys(state, {k: v for k, v in own.items() if k not in (*new, *fixed)})
         parts = dict.fromkeys(re.sub(r"^blocks\.\d+\.(attn\.)?", "", k).split(".")[0]
                               for k in new if k not in heads)
         notes += [*adapted, *([f"new: {', '.join(parts)}"] if parts else []),
@@ -1414,9 +1415,8 @@ def fit_network(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, T
         elif both in own and {q, v} <= state.keys():
             state[both] = torch.cat([state[q], torch.zeros_like(state[q]), state[v]])
             del state[q], state[v]
-    fixed = [k for k in own if k in state and k.endswith("pos_embed")
-             and k in dict(model.named_buffers()) and state[k].shape != own[k].shape]
-    state = {k: v for k, v in state.items() if k not in fixed}  # worked out for this size
+    fixed = [k for k, v in model.named_buffers() if k in state and state[k].shape != v.shape]
+    state = {k: v for k, v in state.items() if k not in fixed}
     other = [k for k in own if k in state and k.endswith(("pos_embed", "bias_table"))
              and state[k].shape != own[k].shape and state[k].ndim == own[k].ndim
              and state[k].shape[-1] == own[k].shape[-1]]
@@ -2282,8 +2282,8 @@ def timm_call(model: nn.Module) -> str:
     pool = "avg" if config.global_pool else "token"
     return (f"timm.create_model('vit_tiny_patch16_224', img_size={config.input_size}, "
             f"patch_size={config.patch_size}, embed_dim={config.embed_dim}, "
-            f"depth={config.depths[0]}, num_heads={config.num_heads}, mlp_ratio={config.mlp_ratio}, "
-            f"num_classes={outputs}, global_pool='{pool}')")
+            f"depth={config.depths[0]}, num_heads={config.num_heads}, "
+            f"mlp_ratio={config.mlp_ratio}, num_classes={outputs}, global_pool='{pool}')")
 
 
 def features(cfg: UseConfig) -> dict:
@@ -2495,7 +2495,7 @@ def demo(cfg: UseConfig) -> dict:
         data.save_file(output / "start.pth", partial(torch.save, start))
     training = {**both, "data_path": "drawn:8192", "batch_size": 64, "warmup_epochs": 1, "lr": 2e-3}
     for name, how in (
-            ("teacher", {"model": "demo_teacher", "epochs": 8}),
+            ("teacher", {"model": "demo_teacher", "epochs": 5}),
             ("pretrained", {"model": "demo", "epochs": 5}),
             ("distilled", {"model": "demo", "epochs": 5, "distill": "decoupled",
                            "teacher": str(output / "teacher" / "backbone.pth")})):

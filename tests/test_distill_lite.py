@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import distill_lite
 from common import augment
+from common.data import InputError
 from distill_lite import DistilledMAE, MaskedDecoder, ModelConfig, ShufflePlan
 from tests.conftest import THREADS, golden_files
 from tests.filling import images as filled_images
@@ -33,6 +34,7 @@ from tests.golden import (
     take_step,
     trained,
 )
+from tests.scripts import equal
 
 MODELS = distill_lite.MODELS
 TEST, HIERA = MODELS["test"], MODELS["test_hiera"]
@@ -565,3 +567,787 @@ def test_golden_distill_lite(path: Path) -> None:
     assert check, "no check for a fixture of this kind"
     check(fixture)
     fixture.finish()
+
+
+# ── small models and files ──────────────────────────────────────────────────────────────
+
+TEACHER = replace(TEST, embed_dim=32, num_heads=4, depths=(4,))
+HIERA_TEACHER = replace(HIERA, embed_dim=12, num_heads=2, depths=(1, 1, 3, 2))
+STUDENTS = {  # a student and its teacher
+    "none": (TEST, None),
+    "attention": (replace(TEST, distill="attention"), TEACHER),
+    "decoupled": (replace(TEST, distill="decoupled"), TEACHER),
+    "every loss": (replace(TEST, distill="attention", attn_layers=(1, 3), hidden_layers=(0, 2, 3),
+                           attn_adapter=False), TEACHER),
+    "hidden, decoupled": (replace(TEST, distill="decoupled", hidden_layers=(1, 3)), TEACHER),
+    "hiera": (HIERA, None),
+    "hiera, attention": (replace(HIERA, distill="attention"), HIERA_TEACHER),
+}  # fmt: skip
+each_student = pytest.mark.parametrize(("config", "there"), STUDENTS.values(), ids=STUDENTS)
+
+
+def build(config: ModelConfig, there: ModelConfig | None = None, seed: int = 0) -> DistilledMAE:
+    config = distill_lite.model_config(config)
+    teacher = there and fill(distill_lite.teacher_model(there), seed + 1)
+    if teacher:
+        teacher.requires_grad_(False).eval()
+    return fill(DistilledMAE(config, teacher), seed)
+
+
+def pictures(config: ModelConfig, batch: int = 2, seed: int = 7) -> Tensor:
+    side = config.input_size
+    return torch.from_numpy(filled_images((batch, 3, side, side), seed))
+
+
+def drawn(config: ModelConfig, batch: int = 2, ratio: float = 0.5, seed: int = 1) -> ShufflePlan:
+    plan = distill_lite.draw_masks(config, ratio, batch, (seed,))
+    return distill_lite.to_device(plan, CPU)
+
+
+def our_file(model: nn.Module, config: ModelConfig, path: Path, name: str = "test") -> Path:
+    """A checkpoint as our commands write it, without the state of training."""
+    args = {"script": "distill_lite", "command": "pretrain", "model": name, "classes": [],
+            "config": asdict(config), "settings": {}}  # fmt: skip
+    torch.save({"model": model.state_dict(), "args": args}, path)
+    return path
+
+
+def load(make: Callable, path: Path, fresh_head: bool = False) -> tuple[nn.Module, str]:
+    return distill_lite.load_weights(
+        make, str(path), distill_lite.read_checkpoint(path), fresh_head)
+
+
+def run(command: str, **flags: object) -> dict:
+    _, function = distill_lite.COMMANDS[command]
+    return function(distill_lite.configure(
+        command, device="cpu", num_workers=0, **flags))  # fmt: skip
+
+
+SHORT = {"model": "test", "data_path": "drawn:16", "batch_size": 4, "epochs": 1,
+         "warmup_epochs": 0.0, "lr": 1e-3, "save_freq": 1}  # fmt: skip
+
+
+# ── masks ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("config", [TEST, replace(HIERA, input_size=96)], ids=["vit", "hiera"])
+def test_masks_keep_the_smallest_noise(config: ModelConfig) -> None:
+    noise = np.random.default_rng(3).random((5, config.units**2))
+    plan = distill_lite.plan_noise(config, noise, 0.4)
+    kept = int(config.units**2 * 0.6)
+    for i in range(5):
+        visible, order = plan.keep[i], np.argsort(noise[i])
+        same(sorted(visible), sorted(order[:kept]))
+        same(visible, order[:kept] if config.kind == "vit" else sorted(visible))
+        whole = np.concatenate([visible, plan.hidden[i]])
+        same(whole[plan.restore[i]], np.arange(config.units**2))
+
+
+@each_student
+def test_a_plan_equals_its_mask(config: ModelConfig, there: ModelConfig | None) -> None:
+    """A bool mask, in which visible patches stand in raster order, gives the same loss."""
+    model, images = build(config, there), pictures(config)
+    plan = drawn(config)
+    mask = torch.ones(2, config.units**2, dtype=torch.bool).scatter(1, plan.keep, False)
+    with torch.no_grad():
+        (planned, _), (masked, _) = model(images, plan), model(images, mask)
+    near(masked, planned, rtol=1e-5)
+
+
+@each_student
+def test_hidden_pixels_are_not_seen(config: ModelConfig, there: ModelConfig | None) -> None:
+    """Neither by the student nor by its teacher."""
+    model, images, plan = build(config, there), pictures(config), drawn(config)
+    mask = torch.zeros(2, 1, config.units**2).scatter(2, plan.hidden[:, None], 1.0)
+    mask = F.interpolate(mask.view(2, 1, config.units, -1), scale_factor=float(config.unit))
+    changed = images + mask * torch.randn_like(images)
+    found = []
+    for x in (images, changed):
+        patches = distill_lite.patchify(x, config.patch_size)
+        seen = model.model.see(x, patches, plan)
+        with torch.no_grad():
+            latent, *_ = model.model.encode(seen, plan)
+            found.append([latent, *(model.teach(seen, plan, [4])[0].values() if there else ())])
+    assert not torch.equal(images, changed)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("mask", "wanted"), [
+    (torch.zeros(2, 16, dtype=torch.bool), "hides nothing"),
+    (torch.ones(2, 16, dtype=torch.bool), "visible"),
+    (torch.eye(2, 16, dtype=torch.bool).cumsum(1).bool(), "same number"),
+    (torch.eye(2, 9, dtype=torch.bool), "9"),
+])  # fmt: skip
+def test_impossible_masks(mask: Tensor, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        build(TEST)(pictures(TEST), mask)
+
+
+# ── what trains what ────────────────────────────────────────────────────────────────────
+
+
+@each_student
+def test_every_parameter_gets_a_gradient(config: ModelConfig, there: ModelConfig | None) -> None:
+    """Of the block that is cut off, queries and keys: its values exactly zero."""
+    model = build(config, there)
+    loss, _ = model(pictures(config), drawn(config))
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+    if config.distill == "decoupled":
+        attn = model.model.blocks[3].attn
+        for p in (attn.qkv.weight, attn.qkv.bias):
+            q, k, v = p.grad.chunk(3)
+            assert q.abs().sum() > 0 and k.abs().sum() > 0 and (v == 0).all()
+        assert sorted(n for n, _ in model.model.blocks[3].named_parameters()) == [
+            "attn.qkv.bias", "attn.qkv.weight", "norm1.bias", "norm1.weight"]
+
+
+def test_decoupled_parts_the_tasks() -> None:
+    """Reconstruction trains the blocks before the decoder, distillation those behind them alone."""
+    config, there = STUDENTS["decoupled"]
+    touched = {}
+    for name in ("reconstruction", "attention"):
+        model = build(config, there)
+        losses, _ = model.losses(pictures(config), drawn(config))
+        losses[name].backward()
+        touched[name] = {re.match(r"model\.(blocks\.\d+|\w+)|\w+", n)[0] for n, p in
+                         model.named_parameters() if p.grad is not None and p.grad.any()}
+    before = {"model.cls_token", "model.patch_embed", "model.blocks.0", "model.blocks.1"}
+    decoder = {"model.norm", "model.mask_token", *(f"model.decoder_{part}" for part in (
+        "embed", "blocks", "norm", "pred"))}
+    assert touched["reconstruction"] == before | decoder
+    assert touched["attention"] == before | {"model.blocks.2", "model.blocks.3", "attn_adapter"}
+
+
+@each_student
+def test_the_teacher_is_no_part_of_the_student(
+    config: ModelConfig, there: ModelConfig | None
+) -> None:
+    model = build(config, there)
+    (teacher,) = model.frozen
+    assert {n.split(".")[0] for n in model.state_dict()} <= {
+        "model", "attn_adapter", "hidden_adapter"}
+    if teacher is None:
+        return
+    ours = {id(p) for p in model.parameters()}
+    assert not ours & {id(p) for p in teacher.parameters()}
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    groups = distill_lite.parameter_groups(model, 0.05, undecayed=())
+    optimizer = torch.optim.AdamW(groups, 0.1)
+    for step in range(2):
+        loss, _ = model.train()(pictures(config), drawn(config, seed=step))
+        loss.backward()
+        optimizer.step()
+    assert equal(before, teacher.state_dict()) and not teacher.training
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_teacher_stops_at_its_last_logits() -> None:
+    """No block behind them, and of that one neither values nor what comes after."""
+    config, there = replace(TEST, distill="attention", teacher_attn_layers=(3,)), TEACHER
+    model, called = build(config, there), []
+    (teacher,) = model.frozen
+    for name, module in teacher.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    with torch.no_grad():
+        model(pictures(config), drawn(config))
+    assert "blocks.1" in called and "blocks.2.norm1" in called
+    assert not [n for n in called if re.match(r"blocks\.2(\.mlp|\.attn\.proj|$)|blocks\.3|norm", n)]
+
+
+@pytest.mark.parametrize("name", ["attention", "hiera, attention"])
+def test_teacher_dtype(name: str) -> None:
+    """A teacher in bf16 gives nearly the same loss, the student stays in fp32; by default it works
+    as the student does."""
+    (config, there), losses = STUDENTS[name], []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(config, there)
+        (teacher,) = model.frozen
+        model.teacher_dtype = dtype
+        distill_lite.lower(teacher, dtype)
+        found, prediction = model.losses(pictures(config), drawn(config))
+        losses.append((found["attention"].item(), prediction))
+    assert losses[0][0] != losses[1][0] and losses[1][0] == pytest.approx(losses[0][0], rel=0.02)
+    assert torch.equal(losses[0][1], losses[1][1])
+    model.teacher_dtype = None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(pictures(config), drawn(config))[0].isfinite()
+
+
+def test_overfits_a_batch() -> None:
+    """Reconstruction and imitation at the same time."""
+    config, there = STUDENTS["decoupled"]
+    model, images, plan = build(config, there), pictures(config), drawn(config)
+    groups = distill_lite.parameter_groups(model, 0.0, undecayed=())
+    optimizer = torch.optim.AdamW(groups, 3e-3)
+    first, _ = model.losses(images, plan)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss, _ = model(images, plan)
+        loss.backward()
+        optimizer.step()
+    last, _ = model.losses(images, plan)
+    assert last["attention"] < 0.2 * first["attention"]
+    assert last["reconstruction"] < 0.8 * first["reconstruction"]
+
+
+@each_student
+def test_recomputing_blocks_changes_nothing(
+    config: ModelConfig, there: ModelConfig | None
+) -> None:
+    found = []
+    for again in (False, True):
+        model = build(config, there).train()
+        model.model.grad_checkpoint = again
+        loss, _ = model(pictures(config), drawn(config))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert equal(*found)
+
+
+WRONG = {
+    "decode depth": ({"distill": "decoupled", "decode_depth": 4}, "--decode_depth 4"),
+    "no such block": ({"distill": "attention", "attn_layers": (4,)}, "--attn_layers 4"),
+    "twice": ({"distill": "attention", "attn_layers": (2, 2)}, "--attn_layers 2,2"),
+    "not the cut block": ({"distill": "decoupled", "attn_layers": (3,)}, "4, the block"),
+    "layers of nothing": ({"attn_layers": (3,)}, "--distill"),
+    "hiera decoupled": ({"kind": "hiera", "distill": "decoupled", "decode_depth": 1}, "ViTs"),
+    "hiera local": ({"kind": "hiera", "distill": "attention", "attn_layers": (3,)}, "block 4 on"),
+    "hiera rpe": ({"kind": "hiera", "rpe": "block"}, "--rpe"),
+    "hiera two heads": ({"kind": "hiera", "two_heads": True}, "--class_teacher"),
+    "heads": ({"num_heads": 3}, "--num_heads"),
+    "size": ({"input_size": 70}, "64 and 80"),
+    "sides": ({"input_size": (64, 96)}, "square"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "wanted"), WRONG.values(), ids=WRONG)
+def test_configs_that_do_not_fit(changes: dict, wanted: str) -> None:
+    base = HIERA if changes.get("kind") == "hiera" else TEST
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        distill_lite.model_config(base, **changes)
+
+
+TEACHERS = {
+    "kind": ({"distill": "attention"}, HIERA_TEACHER, "vit"),
+    "patches": ({"distill": "attention"}, replace(TEACHER, patch_size=8), "8 px"),
+    "pairs": ({"distill": "attention", "teacher_attn_layers": (1, 2)}, TEACHER, "give 1"),
+    "depth": ({"distill": "attention", "teacher_attn_layers": (5,)}, TEACHER, "1 to 4"),
+    "twice": ({"distill": "attention", "attn_layers": (1, 2), "teacher_attn_layers": (3, 3)},
+              TEACHER, "each once"),
+    "hidden": ({"distill": "attention", "hidden_layers": (3,)}, replace(TEACHER, depths=(2,)),
+               "2 blocks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "there", "wanted"), TEACHERS.values(), ids=TEACHERS)
+def test_teachers_that_do_not_fit(changes: dict, there: ModelConfig, wanted: str) -> None:
+    config = distill_lite.model_config(TEST, **changes)
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        DistilledMAE(config, distill_lite.teacher_model(there))
+
+
+# ── Hiera by its definition ─────────────────────────────────────────────────────────────
+
+
+def slow_hiera(encoder: nn.Module, image: Tensor, keep: list[int]) -> list[dict]:
+    """For an image (3, H, W) with zeros where it is hidden: after every block, the tokens of the
+    visible units by row and column of the block's map, one by one."""
+    config = encoder.config
+    x = encoder.patch_embed.proj(image[None])[0]
+    side, units = x.shape[-1], config.units
+    table = encoder.pos_embed[0].reshape(side, side, -1)
+    tokens, per_unit, found = {}, 8, []
+    for unit in keep:
+        for i in range(8 * (unit // units), 8 * (unit // units) + 8):
+            for j in range(8 * (unit % units), 8 * (unit % units) + 8):
+                tokens[i, j] = x[:, i, j] + table[i, j]
+    starts = np.cumsum([0, *config.depths]).tolist()
+    pools = [starts[i] for i in (1, 2)]
+    for number, block in enumerate(encoder.blocks):
+        local = number <= starts[2]  # stages 1 and 2, and the first block of stage 3
+        heads = config.num_heads * 2 ** sum(number >= s for s in starts[1:4])
+        normed = {at: block.norm1(v) for at, v in tokens.items()}
+        qkv = {at: block.attn.qkv(v).chunk(3) for at, v in normed.items()}
+        merged = (lambda at: (at[0] // 2, at[1] // 2)) if number in pools else (lambda at: at)
+        members: dict[tuple, list] = {}
+        for at in tokens:
+            members.setdefault(merged(at), []).append(at)
+        size = per_unit // 2 if number in pools else per_unit
+        new = {}
+        for place, group in members.items():
+            q = torch.stack([qkv[at][0] for at in group]).amax(0)
+            unit = (group[0][0] // per_unit, group[0][1] // per_unit)
+            seen = [at for at in tokens
+                    if not local or (at[0] // per_unit, at[1] // per_unit) == unit]
+            out = []
+            for h in range(heads):
+                part = slice(h * len(q) // heads, (h + 1) * len(q) // heads)
+                k, v = (torch.stack([qkv[at][i][part] for at in seen]) for i in (1, 2))
+                out.append((k @ q[part] / math.sqrt(len(q) / heads)).softmax(0) @ v)
+            residual = torch.stack([tokens[at] if block.proj is None else block.proj(normed[at])
+                                    for at in group]).amax(0)
+            y = residual + block.attn.proj(torch.cat(out))
+            new[place] = y + block.mlp(block.norm2(y))
+        tokens, per_unit = new, size
+        found.append(tokens)
+    return found
+
+
+def test_hiera_by_its_definition() -> None:
+    config = replace(HIERA, input_size=96)
+    model = fill(distill_lite.masked_model(config), 5)
+    images, plan = pictures(config, 1), drawn(config, 1, 0.6, 2)
+    patches = distill_lite.patchify(images, config.patch_size)
+    depth, units = sum(config.depths), config.units
+    with torch.no_grad():
+        seen = model.see(images, patches, plan)
+        x = model.embed(seen, (24, 24), plan.keep)
+        outputs, *_ = distill_lite.trace(model, x, range(1, depth + 1))
+        slow = slow_hiera(model, seen[0], plan.keep[0].tolist())
+    for number, x in outputs.items():
+        cells = x.shape[1] // plan.keep.shape[1]
+        side = math.isqrt(cells)
+        whole = x.new_zeros(units**2, cells, x.shape[-1])
+        whole[plan.keep[0]] = x[0].unflatten(0, (-1, cells))
+        raster = distill_lite.to_raster(whole.flatten(0, 1)[None], (units, units))[0]
+        raster = raster.view(units * side, units * side, -1)
+        assert len(slow[number - 1]) == x.shape[1]
+        for at, value in slow[number - 1].items():
+            near(raster[at], value, atol=2e-5, message=f"block {number}, token {at}")
+
+
+def test_units_and_raster() -> None:
+    x = torch.arange(24 * 16.0).view(1, -1, 1)
+    units = distill_lite.to_units(x, (24, 16))
+    assert torch.equal(distill_lite.to_raster(units, (3, 2)), x)
+    for u in range(6):
+        inside = units[0, 64 * u : 64 * u + 64, 0].long()
+        assert set((inside // 16 // 8).tolist()) == {u // 2}
+        assert set((inside % 16 // 8).tolist()) == {u % 2}
+        for n in (4, 16, 64):  # each run is a square
+            for run in inside.split(n):
+                rows, columns = run // 16, run % 16
+                assert rows.max() - rows.min() == columns.max() - columns.min() == n**0.5 - 1
+    assert units[0, :4, 0].tolist() == [0, 1, 16, 17]
+
+
+# ── fine-tuned networks ─────────────────────────────────────────────────────────────────
+
+OPTIONS = {
+    "plain": {}, "class token": {"global_pool": False}, "tables": {"rpe": "block"},
+    "shared": {"rpe": "shared", "abs_pos": False}, "both": {"rpe": "both", "qkv_bias": "qv"},
+    "scaled": {"rpe": "block", "qkv_bias": "qv", "layer_scale": 0.1}, "two": {"two_heads": True},
+}  # fmt: skip
+each_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+
+
+def test_tables_of_zeros_change_nothing() -> None:
+    """And biases of queries and values alone are those of all three: softmax does not see one that
+    all keys share."""
+    images, plain = pictures(TEST), fill(distill_lite.classifier(TEST, 5), 3).eval()
+    state = plain.state_dict()
+    for changes in OPTIONS.values():
+        config = replace(TEST, **changes | {"layer_scale": 0.0})
+        if not config.abs_pos or not config.global_pool or config.two_heads:
+            continue
+        model = distill_lite.classifier(config, 5).eval()
+        fitted, _ = distill_lite.fit_network(dict(state), model)
+        model.load_state_dict(fitted, strict=False)
+        near(model(images), plain(images).detach(), atol=1e-5)
+
+
+@each_option
+def test_released_classifiers_are_read_off_their_keys(changes: dict, tmp_path: Path) -> None:
+    config = replace(TEST, **changes)
+    model = fill(distill_lite.classifier(config, 5), 2).eval()
+    state = distill_lite.export_state(model)
+    wrapped = {"start_epoch": 300, "best_top1": 78.0,
+               "model": {f"module.model.{k}": v for k, v in state.items()}}  # fmt: skip
+    torch.save(wrapped, tmp_path / "released.pth.tar")
+    file = distill_lite.read_checkpoint(tmp_path / "released.pth.tar")
+    name, found = distill_lite.identify(file)
+    ignored = {"distill": "none", "decode_depth": TEST.decode_depth, "layer_scale": 0.0}
+    assert (name, replace(found, **ignored)) == ("test", replace(config, **ignored))
+    assert bool(found.layer_scale) == bool(config.layer_scale)
+    same_model, said = load(partial(distill_lite.classifier, found, 5),
+                            tmp_path / "released.pth.tar")
+    assert said.endswith("all weights as they are")
+    assert torch.equal(same_model.eval()(pictures(TEST)), model(pictures(TEST)))
+
+
+@each_option
+def test_vit_of_any_size(changes: dict) -> None:
+    """Maps of images that are not square; nothing changes where tables fit."""
+    model = fill(distill_lite.classifier(replace(TEST, **changes), 5), 2).eval()
+    with torch.no_grad():
+        (wide,) = model.maps(torch.randn(2, 3, 64, 96))
+        first, last = model.maps(pictures(TEST), [1, 3])
+    assert wide.shape == (2, 16, 4, 6) and first.shape == last.shape == (2, 16, 4, 4)
+    with pytest.raises(ValueError, match="16 must divide"):
+        model.maps(torch.randn(1, 3, 64, 90))
+
+
+def test_hiera_of_any_size() -> None:
+    model = fill(distill_lite.classifier(HIERA, 5), 2).eval()
+    with torch.no_grad():
+        maps = model.maps(torch.randn(2, 3, 64, 96))
+    assert [tuple(x.shape) for x in maps] == [
+        (2, 8, 16, 24), (2, 16, 8, 12), (2, 32, 4, 6), (2, 64, 2, 3)]
+    assert model.strides == [4, 8, 16, 32] and model.channels == [8, 16, 32, 64]
+    with pytest.raises(ValueError, match="32 must divide"):
+        model.maps(torch.randn(1, 3, 64, 80))
+
+
+def test_relative_index_by_hand() -> None:
+    index = distill_lite.relative_index(2, 3, CPU)
+    last = 3 * 5
+    assert (index[0, 1:] == last).all() and (index[1:, 0] == last + 1).all()
+    assert index[0, 0] == last + 2
+    for i in range(6):
+        for j in range(6):
+            dy, dx = i // 3 - j // 3, i % 3 - j % 3
+            assert index[1 + i, 1 + j] == (dy + 1) * 5 + dx + 2
+
+
+def test_two_headed_loss_by_hand() -> None:
+    logits, second, answer = torch.randn(3, 4, 5).unbind()
+    logits, second, answer = logits.float(), second, answer
+    targets = torch.full((4, 5), 0.2)
+    cfg = distill_lite.configure("finetune", class_distill="soft", temperature=2.0,
+                                 class_weight=0.3)  # fmt: skip
+    p, q = (answer / 2).softmax(1), (second / 2).softmax(1)
+    wanted = 0.7 * -(targets * logits.log_softmax(1)).sum(1).mean()
+    wanted = wanted + 0.3 * 4 * (p * (p.log() - q.log())).sum() / 20
+    near(distill_lite.two_headed_loss(logits, second, targets, answer, cfg), wanted, rtol=1e-5)
+    cfg = distill_lite.configure("finetune")
+    wanted = -0.5 * (targets * logits.log_softmax(1)).sum(1).mean()
+    wanted -= 0.5 * second.log_softmax(1)[range(4), answer.argmax(1)].mean()
+    near(distill_lite.two_headed_loss(logits, second, targets, answer, cfg), wanted, rtol=1e-5)
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────
+
+
+def released(model: DistilledMAE, path: Path, teacher: bool = True) -> Path:
+    """A file as released pre-training wrote it, teacher included."""
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    if teacher and model.frozen[0]:
+        state |= {f"module.tch_model.{k}": v for k, v in model.frozen[0].state_dict().items()}
+    torch.save({"start_epoch": 400, "model": state, "scheduler": {"last_count": 5}}, path)
+    return path
+
+
+@each_student
+def test_released_pretraining_files(
+    config: ModelConfig, there: ModelConfig | None, tmp_path: Path
+) -> None:
+    """With their teacher inside: network, adapters, and which of the methods it was."""
+    config = distill_lite.model_config(config)
+    model, path = build(config, there, 4), tmp_path / "last_epoch_ckpt.pth.tar"
+    released(model, path)
+    name, found = distill_lite.identify(distill_lite.read_checkpoint(path))
+    assert name == ("test" if config.kind == "vit" else "test_hiera")
+    assert (found.distill == "decoupled") == (config.distill == "decoupled")
+    again, said = load(partial(DistilledMAE, config, model.frozen[0]), path)
+    assert said.endswith("all weights as they are")
+    assert equal(again.state_dict(), model.state_dict())
+    alone, _ = load(partial(distill_lite.masked_model, config), path)
+    assert equal(alone.state_dict(), model.model.state_dict())
+    tuned, said = load(partial(distill_lite.classifier, found, 5), path, fresh_head=True)
+    assert "norm; the head starts fresh" in said
+    state = model.model.state_dict()
+    for key, value in tuned.state_dict().items():
+        if key.startswith(("blocks.", "patch_embed", "pos_embed", "cls_token")):
+            assert torch.equal(value, state[key]), key
+    assert not [k for k in tuned.state_dict() if k.startswith(f"blocks.{sum(config.depths)}.")]
+
+
+def test_official_teachers(tmp_path: Path) -> None:
+    """MAE's file, with and without a decoder; Hiera's, under its own key."""
+    for kind, config, there in (("vit", *STUDENTS["attention"]),
+                                ("hiera", *STUDENTS["hiera, attention"])):
+        whole = fill(distill_lite.masked_model(there), 8)
+        inside = {k: v for k, v in whole.state_dict().items()
+                  if not k.startswith(("decoder_", "mask_token"))}
+        wrapper = "model" if kind == "vit" else "model_state"
+        for name, state in (("whole", whole.state_dict()), ("encoder", inside)):
+            path = tmp_path / f"{kind}_{name}.pth"
+            # The heads of such a file are known from its size: here it is ours that says them.
+            torch.save({wrapper: state}, path)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(MODELS, "alike", there)
+                teacher, said = distill_lite.load_teacher(str(path), config)
+            assert said.startswith("teacher alike") and teacher.config.num_heads == there.num_heads
+            assert not teacher.training
+            assert not any(p.requires_grad for p in teacher.parameters())
+            for key, value in teacher.state_dict().items():
+                assert torch.equal(value, whole.state_dict()[key]), key
+
+
+def test_a_teacher_for_images_of_another_size(tmp_path: Path) -> None:
+    config, there = STUDENTS["attention"]
+    path = our_file(fill(distill_lite.masked_model(there), 1), there, tmp_path / "teacher.pth")
+    teacher, _ = distill_lite.load_teacher(str(path), replace(config, input_size=96))
+    assert teacher.pos_embed.shape == (1, 37, 32)
+    same(teacher.pos_embed, distill_lite.sincos_table(32, 6, 6))
+    config, there = STUDENTS["hiera, attention"]
+    model = fill(distill_lite.masked_model(there), 1)
+    path = our_file(model, there, tmp_path / "hiera.pth", "test_hiera")
+    teacher, said = distill_lite.load_teacher(str(path), replace(config, input_size=96))
+    assert teacher.pos_embed.shape == (1, 576, 12) and "interpolated" in said
+
+
+def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
+    model = build(TEST)
+    path = our_file(model, TEST, tmp_path / "a.pth")
+    state = model.state_dict()
+    for change, wanted in (
+            (lambda s: s.pop("model.blocks.1.norm2.weight"), "blocks"),
+            (lambda s: s.update({"model.extra": torch.ones(1)}), "extra is unexpected"),
+            (lambda s: s.update({"model.norm.weight": torch.ones(3)}), r"norm.weight is \(3,\)")):
+        file = torch.load(path, weights_only=True)
+        file["model"] = dict(state)
+        change(file["model"])
+        torch.save(file, tmp_path / "b.pth")
+        with pytest.raises(InputError, match=rf"b\.pth: refused.*{wanted}"):
+            load(partial(DistilledMAE, TEST), tmp_path / "b.pth")
+    torch.save({"model": {"head.weight": torch.ones(2, 2)}}, tmp_path / "c.pth")
+    with pytest.raises(InputError, match=r"c\.pth: refused, it holds no ViT or Hiera"):
+        run("evaluate", weights=str(tmp_path / "c.pth"), data_path="drawn:8")
+
+
+def test_mae_weights_go_on_as_a_decoupled_student(tmp_path: Path) -> None:
+    """The block that is cut off is new then, and gone again when they go on without."""
+    config, _ = STUDENTS["decoupled"]
+    plain = our_file(build(TEST), TEST, tmp_path / "plain.pth")
+    model, said = load(partial(DistilledMAE, config), plain)
+    assert "new: norm1, qkv" in said
+    path = our_file(model, config, tmp_path / "d2.pth")
+    back, _ = load(partial(DistilledMAE, TEST), path)
+    assert equal(back.state_dict(), torch.load(plain, weights_only=True)["model"])
+
+
+def test_timm_names_of_hiera(tmp_path: Path) -> None:
+    model = fill(distill_lite.classifier(HIERA, 5), 1).eval()
+    state = distill_lite.export_state(model, "timm")
+    assert {k for k in state if not k.startswith(("blocks.", "patch_embed.", "pos_embed"))} == {
+        "head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
+    torch.save(state, tmp_path / "timm.pth")
+    again, _ = load(partial(distill_lite.classifier, HIERA, 5), tmp_path / "timm.pth")
+    assert equal(again.state_dict(), model.state_dict())
+
+
+# ── commands ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pre-trained files of a ViT and a Hiera, as our commands write them."""
+    folder, found = tmp_path_factory.mktemp("teachers"), {}
+    for kind, model in (("vit", "test"), ("hiera", "test_hiera")):
+        run("pretrain", **SHORT | {"model": model}, output_dir=str(folder / kind))
+        found[kind] = folder / kind / "backbone.pth"
+    return found
+
+
+@pytest.mark.parametrize(("kind", "how"), [
+    ("vit", "attention"), ("vit", "decoupled"), ("hiera", "attention")])  # fmt: skip
+def test_distilled_from_end_to_end(
+    kind: str, how: str, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    """No checkpoint holds the teacher, whose file stays as it is; a run stopped and resumed ends
+    as the whole one; what is exported is the student's encoder."""
+    before = teachers[kind].read_bytes()
+    flags = SHORT | {"model": "test_hiera" if kind == "hiera" else "test", "distill": how,
+                     "teacher": str(teachers[kind]), "epochs": 2}  # fmt: skip
+    run("pretrain", **flags, output_dir=str(tmp_path / "whole"))
+    whole = torch.load(tmp_path / "whole" / "checkpoint-last.pth", weights_only=True)
+    assert {k.split(".")[0] for k in whole["model"]} == {"model", "attn_adapter"}
+    assert len(whole["optimizer"]["state"]) == sum(
+        1 for k in whole["model"] if not (kind == "vit" and k.endswith("pos_embed")))
+    assert teachers[kind].read_bytes() == before
+    (tmp_path / "parts").mkdir()
+    first = torch.load(tmp_path / "whole" / "checkpoint-0.pth", weights_only=True)
+    torch.save(first, tmp_path / "parts" / "checkpoint-0.pth")
+    run("pretrain", **flags, output_dir=str(tmp_path / "parts"))
+    parts = torch.load(tmp_path / "parts" / "checkpoint-last.pth", weights_only=True)
+    assert equal(parts["model"], whole["model"])
+    state = torch.load(tmp_path / "whole" / "backbone.pth", weights_only=True)["model"]
+    names = {k.split(".")[0] for k in state}
+    assert names <= {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"}
+    assert "blocks.3.norm1.weight" not in state or kind == "hiera"
+    size = sum(v.numel() for v in whole["model"].values()) * 4
+    assert (tmp_path / "whole" / "backbone.pth").stat().st_size < size
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [
+    ({"distill": "attention"}, "mae_pretrain_vit_base.pth"),
+    ({"distill": "attention", "model": "test_hiera"}, "mae_hiera_base_224.pth"),
+    ({"teacher": "a.pth"}, "--distill"), ({"teacher_dtype": "bf16"}, "--distill"),
+    ({"distill": "decoupled", "teacher": "missing.pth"}, "missing.pth"),
+])  # fmt: skip
+def test_a_teacher_is_asked_for(flags: dict, wanted: str) -> None:
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        run("pretrain", **{"model": "test"} | flags)
+
+
+CLASSIFIER = """
+import torch
+
+class Brightness(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.arange(10.0))
+
+    def forward(self, images):
+        return images.mean((1, 2, 3))[:, None] * self.scale
+
+def bright():
+    return Brightness()
+"""
+
+
+def test_two_heads_learn_from_a_classifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine_to_learn_from.py").write_text(CLASSIFIER)
+    run("finetune", **SHORT, class_teacher="mine_to_learn_from:bright", output_dir="out")
+    state = torch.load("out/best.pth", weights_only=True)["model"]
+    assert {"head_dist.weight", "dist_norm.weight", "head.weight"} <= state.keys()
+    assert not [k for k in state if "scale" in k]
+    result = run("evaluate", weights="out/best.pth", data_path="drawn:16")
+    assert result["test_images"] == 16
+    for wrong in ("mine_to_learn_from:dark", "there_is_no_such:thing", "mine_to_learn_from"):
+        with pytest.raises(InputError, match=re.escape(wrong)):
+            run("finetune", **SHORT, class_teacher=wrong, output_dir="no")
+    with pytest.raises(InputError, match="--class_teacher"):
+        run("finetune", **SHORT | {"model": "test_hiera"}, output_dir="no",
+            class_teacher="mine_to_learn_from:bright")  # fmt: skip
+
+
+def test_sgd_resumes(tmp_path: Path) -> None:
+    flags = SHORT | {"epochs": 2, "recipe": "transfer"}
+    run("finetune", **flags, output_dir=str(tmp_path / "whole"))
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "checkpoint-0.pth").write_bytes(
+        (tmp_path / "whole" / "checkpoint-0.pth").read_bytes())
+    run("finetune", **flags, output_dir=str(tmp_path / "parts"))
+    ends = [torch.load(tmp_path / k / "checkpoint-last.pth", weights_only=True)
+            for k in ("whole", "parts")]  # fmt: skip
+    assert equal(ends[0]["model"], ends[1]["model"])
+    assert equal(ends[0]["optimizer"], ends[1]["optimizer"])
+
+
+# ── analysis ────────────────────────────────────────────────────────────────────────────
+
+
+def random_states(seed: int, layers: int = 3, n: int = 6) -> list[Tensor]:
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(rng.normal(size=(n, 5, 4 + i))) for i in range(layers)]
+
+
+def slow_hsic(k: np.ndarray, other: np.ndarray) -> float:
+    """Eq. (5) of Song et al. by sums over indices that all differ."""
+    n, total = len(k), np.zeros(3)
+    for i in range(n):
+        for j in range(n):
+            if i == j:
+                continue
+            total[0] += k[i, j] * other[i, j]
+            for q in range(n):
+                if q in (i, j):
+                    continue
+                total[2] += k[i, j] * other[i, q]
+                for r in range(n):
+                    if r not in (i, j, q):
+                        total[1] += k[i, j] * other[q, r]
+    counts = np.cumprod([n * (n - 1), n - 2, n - 3])
+    return total[0] / counts[0] + total[1] / counts[2] - 2 * total[2] / counts[1]
+
+
+def test_hsic_by_its_definition() -> None:
+    ours, theirs = random_states(1), random_states(2, 2)
+    triple = distill_lite.hsic_triple(ours, theirs)
+    grams = [[(x.flatten(1) @ x.flatten(1).T).numpy() for x in some] for some in (ours, theirs)]
+    for i, a in enumerate(grams[0]):
+        for j, b in enumerate(grams[1]):
+            wanted = [slow_hsic(a, a), slow_hsic(a, b), slow_hsic(b, b)]
+            near(triple[i, j], wanted, rtol=1e-9)
+
+
+def test_cka_is_blind_to_rotation_and_scale() -> None:
+    ours = random_states(3)
+    turned = []
+    for i, x in enumerate(ours):
+        turn, _ = np.linalg.qr(np.random.default_rng(i).normal(size=(x[0].numel(),) * 2))
+        turned.append((i + 2.5) * (x.flatten(1) @ torch.from_numpy(turn)).view_as(x))
+    cka = distill_lite.minibatch_cka(distill_lite.hsic_triple(ours, turned))
+    plain = distill_lite.minibatch_cka(distill_lite.hsic_triple(ours, ours))
+    near(cka, plain, atol=1e-9)
+    near(cka.diag(), np.ones(3), atol=1e-9)
+    assert (cka - torch.eye(3)).abs().max() < 1
+
+
+def test_entropy_and_distance_by_hand() -> None:
+    model = fill(distill_lite.classifier(TEST, 3), 0)
+    distances = distill_lite.token_distances(model, 32, 48)
+    assert len(distances) == 3 and distances[0].shape == (6, 6)
+    assert distances[0][0].tolist() == pytest.approx(
+        [0, 16, 32, 16, math.hypot(16, 16), math.hypot(16, 32)])
+    even, sharp = torch.zeros(2, 1, 6, 6), torch.full((2, 1, 6, 6), -1e4)
+    sharp[..., torch.arange(6), (torch.arange(6) + 3) % 6] = 0  # the patch above or below
+    (entropy,), (distance,) = distill_lite.attention_statistics(even, distances[0])
+    assert entropy == pytest.approx(math.log(6), abs=1e-4)
+    assert distance == pytest.approx(distances[0].mean().item(), rel=1e-5)
+    (entropy,), (distance,) = distill_lite.attention_statistics(sharp, distances[0])
+    assert entropy == pytest.approx(0, abs=1e-4) and distance == pytest.approx(16)
+
+
+def test_distances_of_hiera() -> None:
+    """Inside units of 8x8, then 4x4 tokens; queries are in the middle of what was merged."""
+    model = distill_lite.classifier(HIERA, 3)
+    found = distill_lite.token_distances(model, 64, 96)
+    assert [tuple(x.shape) for x in found] == [
+        (64, 64), (16, 64), (4, 16), (24, 24), (6, 24)]
+    assert found[0][0, :4].tolist() == pytest.approx([0, 4, 4, math.hypot(4, 4)])
+    assert found[1][0, :4].tolist() == pytest.approx([math.hypot(2, 2)] * 4)
+    assert found[3].max() == pytest.approx(math.hypot(48, 80))
+
+
+def test_examine_in_parts() -> None:
+    """Statistics over all images, however many are looked at at once."""
+    model = fill(distill_lite.classifier(replace(TEST, rpe="block"), 3), 0).eval()
+    process = distill_lite.Process(0, 1, CPU, torch.float32)
+    images = pictures(TEST, 5)
+    (states, sums), (others, again) = (
+        distill_lite.examine(model, images, process, part) for part in (2, 5))
+    for a, b in zip([*states, *sums], [*others, *again], strict=True):
+        near(a, b, atol=1e-5)
+    assert len(states) == 4 and states[0].shape == (5, 16, 16) and sums[0].shape == (2, 2)
+
+
+def test_analyse(teachers: dict[str, Path], tmp_path: Path) -> None:
+    """Of one network, of two of other kinds; of fewer images than a batch; of as many as asked."""
+    flags = {"data_path": "drawn:22", "batch_size": 8}
+    answer = run("analyse", weights=str(teachers["vit"]), output=str(tmp_path / "a.npz"), **flags)
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert {k: v.shape for k, v in arrays.items()} == {
+            "cka": (4, 4), "entropy": (3, 2), "distance": (3, 2)}
+        assert arrays["cka"].diagonal() == pytest.approx(1)
+        assert (arrays["entropy"] > 0).all() and (arrays["entropy"] <= math.log(16) + 1e-3).all()
+    assert answer["images"] == 22 and answer["cka"] == [4, 4]
+    assert (tmp_path / "a.png").exists()
+    answer = run("analyse", weights=str(teachers["vit"]), other=str(teachers["hiera"]), images=12,
+                 output=str(tmp_path / "b.npz"), **flags)  # fmt: skip
+    assert answer["images"] == 12 and answer["cka"] == [4, 6]
+    with np.load(tmp_path / "b.npz") as arrays:
+        assert arrays["other_entropy"].shape == (5, 8)
+        assert np.isnan(arrays["other_entropy"]).sum() == 5 * 8 - (1 + 2 + 4 + 4 + 8)
+    for wrong, named in (({"output": "a.png"}, "a.png"), ({"data_path": "drawn:3"}, "four images"),
+                         ({"batch_size": 3}, "--batch_size")):
+        with pytest.raises(InputError, match=named):
+            run("analyse", **{"weights": str(teachers["vit"])} | flags | wrong)
