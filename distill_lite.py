@@ -208,6 +208,9 @@ OTHER_NAMES = {  # timm's, with other heads in the small ones, and the construct
     "mae_vit_tiny_d13_patch16": "vit_tiny", "vit_tiny_patch16_rpe": "vit_tiny",
 }
 HIERA_RATIO = 0.4  # share of hidden units (released)
+PRETRAINED = {  # the options of fine-tuning as they are in pre-training
+    "global_pool": False, "two_heads": False, "abs_pos": True, "rpe": "none", "qkv_bias": "qkv",
+    "layer_scale": 0.0}
 RECIPES = {  # by command, recipe and, where it matters, model: what differs from the classes below
     ("pretrain", recipe, model): {"mask_ratio": HIERA_RATIO}
     for recipe in ("published", "small") for model in MODELS if "hiera" in model
@@ -691,10 +694,6 @@ class ViTBlock(nn.Module):
             nn.Parameter(torch.full((dim,), config.layer_scale)) if config.layer_scale else None
             for _ in range(2))
 
-    def logits(self, x: Tensor, *plan: object) -> Tensor:
-        """(B, N, C) -> (B, h, N, N)"""
-        return self.attn.logits(self.norm1(x), *plan)
-
     def forward(self, x: Tensor, tapped: bool, *plan: object) -> tuple[Tensor, Tensor | None]:
         """(B, N, C) -> (B, N, C), and the logits of its attention if they are `tapped`."""
         dropped = self.drop_path if self.training else 0.0
@@ -743,10 +742,6 @@ class HieraBlock(nn.Module):
         self.proj = nn.Linear(dim, out) if dim != out else None
         self.drop_path = drop_path
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> A (B or B * U, h, n, n)"""
-        return self.attn.logits(self.norm1(x))
-
     def forward(self, x: Tensor, tapped: bool) -> tuple[Tensor, Tensor | None]:
         """(B, N, C) -> (B, N or N / 4, out), and A if it is `tapped`."""
         dropped, normed = self.drop_path if self.training else 0.0, self.norm1(x)
@@ -771,18 +766,6 @@ class PixelEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
-class OverlapEmbed(nn.Module):
-    """Hiera's embedding: a token every `stride` pixels, of nearly twice as many."""
-
-    def __init__(self, stride: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, 2 * stride - 1, stride, stride - 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, h * w, C)"""
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 # ── encoder ───────────────────────────────────────────────────────────────────────────
 
 Found = tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]
@@ -798,7 +781,7 @@ def trace(encoder: nn.Module, x: Tensor, ends: Sequence[int] = (), attn: Sequenc
     whole = max([0, *ends, *hidden, *(i - 1 for i in attn)])  # blocks to run as such
     for i in range(whole + 1):
         if i in hidden:
-            states[i] = blocks[i].norm1(x) if i < len(blocks) else encoder.last_norm(x)
+            states[i] = blocks[i].norm1(x) if i < len(blocks) else encoder.fc_norm(encoder.norm(x))
         if i < whole:
             run = partial(checkpoint, blocks[i], use_reentrant=False) if again else blocks[i]
             x, tapped = run(x, i + 1 in attn, *plan)
@@ -807,7 +790,7 @@ def trace(encoder: nn.Module, x: Tensor, ends: Sequence[int] = (), attn: Sequenc
             if i + 1 in ends:
                 outputs[i + 1] = x
         elif i + 1 in attn:
-            logits[i + 1] = blocks[i].logits(x, *plan)
+            logits[i + 1] = blocks[i].attn.logits(blocks[i].norm1(x), *plan)
     return outputs, logits, states
 
 
@@ -839,10 +822,6 @@ class LiteViT(nn.Module):
         for table in (self.cls_token, *(() if self.pos_embed is None else (self.pos_embed,))):
             if isinstance(table, nn.Parameter):
                 nn.init.trunc_normal_(table, std=0.02)
-
-    def last_norm(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C), by the one norm that there is behind the blocks."""
-        return self.fc_norm(self.norm(x))
 
     def see(self, images: Tensor, patches: Tensor, plan: ShufflePlan) -> Tensor:
         """What an encoder is shown of (B, 3, H, W), or (B, U, P): its visible patches (B, V, P)."""
@@ -876,9 +855,9 @@ class LiteViT(nn.Module):
         """(B, 3, H, W) normalised -> the map (B, C, h, w) behind the last block, or behind each of
         `blocks`, from 1, not normed. Any H and W that the patch divides: position tables, those of
         R too, are interpolated."""
-        found, *_ = self.look(images, blocks or [sum(self.config.depths)])
-        height = images.shape[-2] // self.config.patch_size
-        return [rearrange(x[:, 1:], "b (h w) c -> b c h w", h=height) for x in found.values()]
+        blocks, height = blocks or [sum(self.config.depths)], images.shape[-2] // self.strides[0]
+        found, *_ = self.look(images, blocks)
+        return [rearrange(found[i][:, 1:], "b (h w) c -> b c h w", h=height) for i in blocks]
 
 
 class LiteHiera(nn.Module):
@@ -890,7 +869,9 @@ class LiteHiera(nn.Module):
         self.config, self.grad_checkpoint = config, False
         self.channels = [config.embed_dim * 2**i for i in range(4)]
         self.strides = [config.stride * 2 ** min(i, pools) for i in range(4)]
-        self.patch_embed = OverlapEmbed(config.stride, config.embed_dim)
+        self.patch_embed, stride = nn.Sequential(), config.stride
+        self.patch_embed.proj = nn.Conv2d(  # a token every `stride` pixels, of nearly twice as many
+            3, config.embed_dim, 2 * stride - 1, stride, stride - 1)
         self.pos_embed = nn.Parameter(torch.zeros(1, 64 * config.units**2, config.embed_dim))
         rates = np.linspace(0, drop_path, sum(config.depths)).tolist()
         self.blocks, cells, dim = nn.ModuleList(), 64, config.embed_dim
@@ -905,13 +886,10 @@ class LiteHiera(nn.Module):
                 self.blocks.append(HieraBlock(dim, out, attn, config.mlp_ratio, rate))
                 cells, dim = cells // 4 if pooled else cells, out
         self.norm = nn.LayerNorm(dim, LAYER_NORM_EPS) if config.global_pool else nn.Identity()
+        self.fc_norm = nn.Identity()
         draw_linear(self, partial(nn.init.trunc_normal_, std=0.02), 0.02)
         for weight in (self.patch_embed.proj.weight, self.pos_embed):
             nn.init.trunc_normal_(weight, std=0.02)
-
-    def last_norm(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
-        return self.norm(x)
 
     def see(self, images: Tensor, patches: Tensor, plan: ShufflePlan) -> Tensor:
         """What an encoder is shown: (B, 3, H, W), zero in hidden units, which the convolution at
@@ -922,7 +900,8 @@ class LiteHiera(nn.Module):
 
     def embed(self, seen: Tensor, shape: Sequence[int], keep: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) of (h, w) tokens -> (B, U * 64, C), or only of units to `keep`."""
-        x = to_units(self.patch_embed(seen) + stretch(self.pos_embed[0], shape), shape)
+        x = self.patch_embed(seen).flatten(2).transpose(1, 2)
+        x = to_units(x + stretch(self.pos_embed[0], shape), shape)
         if keep is None:
             return x
         return take(x.unflatten(1, (-1, 64)).flatten(2), keep).unflatten(2, (64, -1)).flatten(1, 2)
@@ -1082,8 +1061,7 @@ class MaskedViT(MaskedDecoder, LiteViT):
     """A ViT as a masked autoencoder, of which more than the latents can be asked."""
 
     def __init__(self, config: ModelConfig) -> None:
-        plain = {"global_pool": False, "abs_pos": True, "rpe": "none", "layer_scale": 0.0}
-        LiteViT.__init__(self, replace(config, **plain), fixed=True)
+        LiteViT.__init__(self, replace(config, **PRETRAINED), fixed=True)
         self.add_decoder(config.embed_dim, 1)
         self.register_buffer(
             "decoder_pos_embed", sincos_table(config.decoder_dim, config.units, config.units))
@@ -1141,7 +1119,7 @@ def masked_model(config: ModelConfig) -> MaskedViT | MaskedHiera:
 
 def teacher_model(config: ModelConfig) -> LiteViT | LiteHiera:
     """The encoder of a config as it is pre-trained."""
-    config = replace(config, global_pool=False, distill="none")
+    config = replace(config, **PRETRAINED, distill="none")
     return LiteViT(config, fixed=True) if config.kind == "vit" else LiteHiera(config, pools=2)
 
 
@@ -1160,7 +1138,8 @@ class DistilledMAE(nn.Module):
         check_teacher(config, teacher.config)
         self.pairs = layer_pairs(config, teacher.config)
         for ours, theirs, name in self.pairs:
-            heads = [head_count(c, i) for c, i in ((config, ours), (teacher.config, theirs))]
+            heads = [m.blocks[i - 1].attn.num_heads
+                     for m, i in ((self.model, ours), (teacher, theirs))]
             if config.attn_adapter or heads[0] != heads[1]:
                 self.attn_adapter[name] = nn.Conv2d(*heads, 1, bias=False)
         for i in config.hidden_layers:
@@ -1214,12 +1193,6 @@ def imitation(ours: Tensor, theirs: Tensor, adapters: nn.ModuleDict, name: str) 
     """Mean squared difference, in fp32, after the adapter of that name, if there is one."""
     ours = adapters[name](ours) if name in adapters else ours
     return F.mse_loss(ours.float(), theirs.float())
-
-
-def head_count(config: ModelConfig, block: int) -> int:
-    """Heads of a block, from 1."""
-    ends = list(itertools.accumulate(config.depths))
-    return config.num_heads * 2 ** sum(block > end for end in ends[:-1])
 
 
 def check_teacher(config: ModelConfig, teacher: ModelConfig) -> None:
@@ -1295,12 +1268,21 @@ def bare_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def identify(file: dict) -> tuple[str, ModelConfig]:
     """Name and architecture of the network in a file: by its args if it is ours, else by its names
-    and shapes, which show everything but the heads."""
-    args, state = file["args"], bare_names(file["model"])
+    and shapes."""
+    args, found = file["args"], told_by_shapes(bare_names(file["model"]))
     if args:
         hints = typing.get_type_hints(ModelConfig, include_extras=True)
         config = ModelConfig(**{k: fit(hint, args["config"][k]) for k, hint in hints.items()})
+        for key in ("input_size", "abs_pos", "rpe", "qkv_bias", "two_heads"):
+            if found.get(key, getattr(config, key)) != getattr(config, key):  # else it is stretched
+                raise ValueError(f"its args say {key} {getattr(config, key)}, its weights do not")
         return known_model(str(args["model"])), model_config(config)
+    alike = min(MODELS, key=lambda n: sum(getattr(MODELS[n], k) != v for k, v in found.items()))
+    return alike, model_config(MODELS[alike], **found)
+
+
+def told_by_shapes(state: dict[str, Tensor]) -> dict[str, object]:
+    """Fields of `ModelConfig` that names and shapes show: heads only if there are tables of R."""
     widths = [len(state[k]) for i in range(999) if (k := f"blocks.{i}.norm2.weight") in state]
     if not widths or "patch_embed.proj.weight" not in state:
         raise ValueError("it holds no ViT or Hiera (patch_embed.proj.weight, blocks.0. ...)")
@@ -1310,30 +1292,30 @@ def identify(file: dict) -> tuple[str, ModelConfig]:
              "patch_size": patch if vit else 2 * (patch + 1),
              "depths": tuple(widths.count(w) for w in dict.fromkeys(widths)),
              "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / dim}
-    if vit:
-        own, shared = (f"{at}.relative_position_bias_table" in state
-                       for at in ("blocks.0.attn", "rel_pos_bias"))
-        found |= {"rpe": ("none", "block", "shared", "both")[own + 2 * shared],
-                  "qkv_bias": "qv" if "blocks.0.attn.q_bias" in state else "qkv",
-                  "layer_scale": 0.1 if "blocks.0.gamma_1" in state else 0.0,
-                  "abs_pos": "pos_embed" in state, "two_heads": "head_dist.weight" in state}
-        if "head.weight" in state:
-            found["global_pool"] = "fc_norm.weight" in state
-        if f"blocks.{len(widths)}.norm1.weight" in state:
-            found["distill"] = "decoupled"
-        tables = [v for k, v in state.items() if k.endswith("bias_table") and v.ndim == 2]
-        if tables:
-            found["num_heads"] = tables[0].shape[1]
     if "decoder_embed.weight" in state:
         blocks = [k for k in state if re.fullmatch(r"decoder_blocks\.\d+\.norm1\.weight", k)]
         found |= {"decoder_dim": len(state["decoder_embed.weight"]), "decoder_depth": len(blocks)}
-    alike = min(MODELS, key=lambda n: sum(getattr(MODELS[n], k) != v for k, v in found.items()))
     if "pos_embed" in state:
         side = math.isqrt(state["pos_embed"].shape[1] - vit)
         found["input_size"] = side * (patch if vit else (patch + 1) // 2)
-    elif vit and tables:
-        found["input_size"] = (math.isqrt(len(tables[0]) - 3) + 1) // 2 * patch
-    return alike, model_config(MODELS[alike], **found)
+    if not vit:
+        return found
+    tables = [state.get(f"{at}.relative_position_bias_table")
+              for at in ("blocks.0.attn", "rel_pos_bias")]
+    own, shared = (table is not None for table in tables)
+    found |= {"rpe": ("none", "block", "shared", "both")[own + 2 * shared],
+              "qkv_bias": "qv" if "blocks.0.attn.q_bias" in state else "qkv",
+              "layer_scale": 0.1 if "blocks.0.gamma_1" in state else 0.0,
+              "abs_pos": "pos_embed" in state or not (own or shared),
+              "two_heads": "head_dist.weight" in state}
+    if own or shared:
+        rows, heads = tables[shared and not own].shape
+        found |= {"input_size": (math.isqrt(rows - 3) + 1) // 2 * patch, "num_heads": heads}
+    if "head.weight" in state:
+        found["global_pool"] = "fc_norm.weight" in state
+    if f"blocks.{len(widths)}.norm1.weight" in state:
+        found["distill"] = "decoupled"
+    return found
 
 
 def choose_config(cfg: RunConfig | UseConfig, file: dict | None) -> tuple[str, ModelConfig]:
@@ -1362,7 +1344,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             skeleton = make()
         model = skeleton.model if isinstance(skeleton, DistilledMAE) else skeleton
         own, notes = model.state_dict(), []
-        state = bare_names(file["model"])
+        state = there = bare_names(file["model"])
         if not isinstance(model, MaskedDecoder):
             state = {k: v for k, v in state.items() if not k.startswith(PRETRAINING)}
         elif "decoder_pred.weight" not in state:
@@ -1372,9 +1354,12 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
         fresh = fresh_head and any(k not in state or state[k].shape != own[k].shape for k in heads)
         if fresh or not heads:
             state = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}
-        new = [k for k in own if k not in state and (is_new(k, model.config, fresh)
-                                                     or (fresh and k in heads))]
-        fixed = [k for k, _ in model.named_buffers() if k not in state]  # worked out anew
+        # Tables of R and layer scale are new only in fine-tuning, norms only before a new head.
+        ends = ("bias_table", "gamma_1", "gamma_2") if fresh_head else ()
+        starts = ("norm.", "fc_norm.", "dist_norm.", "head.", "head_dist.") if fresh else ()
+        starts = (f"blocks.{sum(model.config.depths)}.", *starts)
+        new = [k for k in own if k not in state and (k.startswith(starts) or k.endswith(ends))]
+        fixed = [k for k, _ in model.named_buffers() if k not in state and k in there]
         check_keys(state, {k: v for k, v in own.items() if k not in (*new, *fixed)})
         parts = dict.fromkeys(re.sub(r"^blocks\.\d+\.(attn\.)?", "", k).split(".")[0]
                               for k in new if k not in heads)
@@ -1388,13 +1373,6 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
     model = make()
     model.load_state_dict(state, strict=False)
     return model, f"loaded {path}: {'; '.join(notes) or 'all weights as they are'}"
-
-
-def is_new(name: str, config: ModelConfig, fresh: bool) -> bool:
-    """Whether a file may lack a parameter, which then begins as drawn; `fresh` as the head is."""
-    options = ("relative_position_bias_table", "gamma_1", "gamma_2")
-    behind = ("norm.", "fc_norm.", "dist_norm.") if fresh else ()
-    return name.endswith(options) or name.startswith((f"blocks.{sum(config.depths)}.", *behind))
 
 
 def fit_network(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
@@ -1852,9 +1830,7 @@ def pretrain(cfg: PretrainConfig) -> dict:
     process = setup_process(cfg.device, cfg.dtype)
     file = read_checkpoint(cfg.weights) if cfg.weights else None
     name, config = choose_config(cfg, file)
-    config = model_config(replace(
-        config, global_pool=True, two_heads=False, abs_pos=True, rpe="none", qkv_bias="qkv",
-        layer_scale=0.0))
+    config = model_config(replace(config, **PRETRAINED | {"global_pool": True}))
     draw_masks(config, cfg.mask_ratio, 1, (cfg.seed,))  # checks the ratio
     teacher, said, dtype = None, "", None
     if config.distill != "none":
@@ -1944,7 +1920,7 @@ class ViTClassifier(LiteViT):
         """(B, 3, H, W) -> logits (B, classes); of two heads both, in evaluation their mean."""
         (x,) = self.look(images, [sum(self.config.depths)])[0].values()
         pooled, token = x[:, 1:].mean(1), x[:, 0]
-        logits = self.head(self.last_norm(pooled if self.config.global_pool else token))
+        logits = self.head(self.fc_norm(pooled) if self.config.global_pool else self.norm(token))
         if self.head_dist is None:
             return logits
         second = self.head_dist(self.dist_norm(token))
@@ -2121,13 +2097,13 @@ def open_model(cfg: UseConfig | AnalyseConfig, whole: bool = False, head: bool =
     process, file = setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
     state, size = bare_names(file["model"]), cfg.input_size or config.input_size
-    unit = config.unit
-    check_size(size, unit)
+    check_size(size, config.unit)
     trained = [k for k in ("head.weight", "head.projection.weight") if k in state]
     if whole:
         make = partial(masked_model, config)
     elif trained and head:
-        make = partial(classifier, config, len(state[trained[0]]))
+        with data.blaming(cfg.weights):
+            make = partial(classifier, config, len(state[trained[0]]))
     else:
         config = without_teacher(config)
         config = config if trained else replace(config, global_pool=False, two_heads=False)
@@ -2264,26 +2240,25 @@ def export(cfg: UseConfig) -> dict:
     print(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
           f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
     if cfg.naming == "timm":
-        note = "" if config.kind == "hiera" else (
-            f"; with other than num_heads={config.num_heads}, which shapes do not show, it loads, "
-            "too, but answers wrongly")
-        print(f"{timm_call(model)} loads it strictly{note}")
+        print(timm_call(model))
     return {"output": str(output), "tensors": len(state)}
 
 
 def timm_call(model: nn.Module) -> str:
-    """The call that makes timm's network for an export."""
+    """The sentence with the call that makes timm's network for an export."""
     config, outputs = model.config, getattr(getattr(model, "head", None), "out_features", 0)
     if config.kind == "hiera":
-        pool = "" if config.global_pool else ", global_pool=''"
+        how = "strictly" if outputs else "with strict=False: without a head it has no head.norm"
         return (f"timm.models.hiera.Hiera(img_size=({config.input_size}, {config.input_size}), "
                 f"embed_dim={config.embed_dim}, num_heads={config.num_heads}, "
-                f"stages={config.depths}, num_classes={outputs}{pool})")
+                f"stages={config.depths}, num_classes={outputs}) loads it {how}")
     pool = "avg" if config.global_pool else "token"
     return (f"timm.create_model('vit_tiny_patch16_224', img_size={config.input_size}, "
             f"patch_size={config.patch_size}, embed_dim={config.embed_dim}, "
             f"depth={config.depths[0]}, num_heads={config.num_heads}, "
-            f"mlp_ratio={config.mlp_ratio}, num_classes={outputs}, global_pool='{pool}')")
+            f"mlp_ratio={config.mlp_ratio}, num_classes={outputs}, global_pool='{pool}') loads it "
+            f"strictly; with other than num_heads={config.num_heads}, which shapes do not show, it "
+            "loads, too, but answers wrongly")
 
 
 def features(cfg: UseConfig) -> dict:

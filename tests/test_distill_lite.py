@@ -3,6 +3,7 @@ by definition."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import distill_lite
 from common import augment
 from common.data import InputError
 from distill_lite import DistilledMAE, MaskedDecoder, ModelConfig, ShufflePlan
-from tests.conftest import THREADS, golden_files
+from tests.conftest import ROOT, THREADS, golden_files
 from tests.filling import images as filled_images
 from tests.filling import parameter, uniform
 from tests.golden import (
@@ -175,7 +176,7 @@ def check_training(
         stored = {name: (g["weight_decay"], g["lr_scale"])
                   for g in told.get("groups", []) for name in g["names"]}  # fmt: skip
         stored |= dict.fromkeys(told.get("no_decay", []), (0.0, 1.0))
-        stored |= dict.fromkeys(told.get("decay", []), (told["weight_decay"], 1.0))
+        stored |= dict.fromkeys(told.get("decay", []), (told.get("weight_decay"), 1.0))
         assert ours.keys() == stored.keys()
         for key, value in ours.items():
             assert value == pytest.approx(stored[key], rel=1e-9), key
@@ -1138,6 +1139,185 @@ def test_timm_names_of_hiera(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "timm.pth")
     again, _ = load(partial(distill_lite.classifier, HIERA, 5), tmp_path / "timm.pth")
     assert equal(again.state_dict(), model.state_dict())
+
+
+def manifests() -> dict:
+    """Names and shapes of timm's networks."""
+    with np.load(ROOT / "tests" / "golden" / "augment" / "timm_keys.npz") as arrays:
+        models = json.loads(str(arrays["meta"]))["models"]
+    return {name: models[name] for name in models if name.startswith(("vit_", "hiera_"))}
+
+
+@pytest.mark.parametrize("name", manifests())
+def test_exports_have_the_names_and_shapes_of_timm(name: str) -> None:
+    config = MODELS[distill_lite.known_model(name.split(":")[0])]
+    if name.startswith("hiera"):  # timm's hiera_tiny_224 is the wide one
+        config = replace(config, embed_dim=96)
+    elif "avg" not in name:
+        config = replace(config, global_pool=False)
+    model = on_meta(partial(distill_lite.classifier, config, 1000)).to_empty(device="cpu")
+    state = distill_lite.export_state(model, "timm")
+    assert {k: list(v.shape) for k, v in state.items()} == manifests()[name]["shapes"]
+    said = distill_lite.timm_call(model)
+    assert "strictly" in said and f"num_heads={config.num_heads}" in said
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small", "vit_base", "hiera_tiny", "hiera_base"])
+def test_shapes_tell_every_model(name: str) -> None:
+    """Of pre-training and of fine-tuning files, without a word from their writer."""
+    config = MODELS[name]
+    for make in (partial(distill_lite.masked_model, config),
+                 partial(distill_lite.classifier, config, 10)):
+        state = dict(on_meta(make).state_dict().items())
+        found, there = distill_lite.identify({"args": {}, "model": state})
+        assert (found, there) == (name, config)
+
+
+POSITIONS, TABLE = "pos_embed", "blocks.0.attn.relative_position_bias_table"
+ODD = {
+    "no positions": {POSITIONS: None}, "positions 0d": {POSITIONS: torch.tensor(1.0)},
+    "positions 1d": {POSITIONS: torch.zeros(17)}, "positions 2d": {POSITIONS: torch.zeros(17, 16)},
+    "positions of no square": {POSITIONS: torch.zeros(1, 19, 16)},
+    "positions of nothing": {POSITIONS: torch.zeros(1, 0, 16)},
+    "positions narrow": {POSITIONS: torch.zeros(1, 17, 8)},
+    "no class token": {"cls_token": None}, "class token 0d": {"cls_token": torch.tensor(1.0)},
+    "no patches": {"patch_embed.proj.weight": None},
+    "patches 0d": {"patch_embed.proj.weight": torch.tensor(1.0)},
+    "patches of no size": {"patch_embed.proj.weight": torch.zeros(16, 3, 0, 0)},
+    "patches of no width": {"patch_embed.proj.weight": torch.zeros(0, 3, 16, 16)},
+    "table 0d": {TABLE: torch.tensor(1.0)}, "table of nothing": {TABLE: torch.zeros(0, 2)},
+    "table of no heads": {TABLE: torch.zeros(52, 0)},
+    "table of no square": {TABLE: torch.zeros(51, 2)},
+    "a table alone": {TABLE: torch.zeros(52, 2)},
+    "mlp 0d": {"blocks.0.mlp.fc1.bias": torch.tensor(1.0)},
+    "norm 0d": {"blocks.0.norm2.weight": torch.tensor(1.0)},
+    "head 0d": {"head.weight": torch.tensor(1.0)}, "head of nothing": {
+        "head.weight": torch.zeros(0, 16), "head.bias": torch.zeros(1)},
+    "decoder 0d": {"decoder_embed.weight": torch.tensor(1.0)},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_odd_shapes_are_one_sentence(odd: dict, tmp_path: Path) -> None:
+    path, out = tmp_path / "odd.pth", str(tmp_path / "out.pth")
+    state = distill_lite.classifier(TEST, 3).state_dict() | odd
+    torch.save({"model": {k: v for k, v in state.items() if v is not None}}, path)
+    for flags in ({}, {"model": "test"}):
+        cfg = distill_lite.configure("export", weights=str(path), output=out, **flags)
+        with pytest.raises(InputError, match=r"odd\.pth") as refused:
+            distill_lite.export(replace(cfg, device="cpu"))
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("changes", [{"input_size": 4096}, {"rpe": "both"}, {"two_heads": True}])
+def test_a_file_of_ours_cannot_ask_for_more_than_it_has(changes: dict, tmp_path: Path) -> None:
+    model = distill_lite.classifier(TEST, 3)
+    path = our_file(model, replace(TEST, **changes), tmp_path / "ours.pth")
+    with pytest.raises(InputError, match=f"args say {next(iter(changes))}"):
+        run("evaluate", weights=str(path), data_path="drawn:8")
+
+
+# ── loss, initial values, pictures ──────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("config", [TEST, HIERA], ids=["vit", "hiera"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_loss_by_hand(config: ModelConfig, normalised: bool) -> None:
+    """Patch by patch, from the pixels."""
+    config = replace(config, norm_pix_loss=normalised)
+    model, images, plan = build(config).model, pictures(config), drawn(config)
+    loss, prediction = model(images, plan)
+    side, total, number = config.unit // 16, 0.0, 0
+    for i in range(2):
+        number = 0
+        for unit in plan.hidden[i].tolist():
+            row, column = divmod(unit, config.units)
+            for k in range(side**2):
+                y, x = 16 * (side * row + k // side), 16 * (side * column + k % side)
+                target = images[i, :, y : y + 16, x : x + 16]
+                order = (0, 1, 2) if config.kind == "hiera" else (1, 2, 0)
+                target = target.permute(order).flatten().double()
+                if normalised:
+                    target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+                total += (prediction[i, number].double() - target).square().mean().item()
+                number += 1
+    near(loss, total / (2 * number), rtol=1e-5)
+    assert prediction.shape == (2, number, 768)
+
+
+def test_initialisation() -> None:  # spec, section 5
+    torch.manual_seed(0)
+
+    def spread(x: Tensor, wanted: float, bound: float = math.inf) -> bool:
+        close = abs(x.std().item() / wanted - 1) < 5 / math.sqrt(x.numel())
+        return close and x.abs().max().item() <= 1.0001 * bound
+
+    def check_linear(model: nn.Module, std: float | None, bias: float, but: str) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and not re.search(but, name):
+                edge = math.sqrt(6 / sum(module.weight.shape))  # qkv as one matrix
+                assert spread(module.weight, std or edge / math.sqrt(3), edge if not std else 0.2)
+                assert (module.bias == bias).all(), name
+            if isinstance(module, nn.LayerNorm):
+                assert (module.weight == 1).all() and (module.bias == bias).all(), name
+
+    wide = replace(TEST, embed_dim=64, decoder_dim=64, distill="attention")
+    model = DistilledMAE(wide, distill_lite.teacher_model(replace(TEACHER, num_heads=8)))
+    check_linear(model.model, None, 0.0, "$^")
+    edge = math.sqrt(6 / (64 + 768))
+    assert spread(model.model.patch_embed.proj.weight, edge / math.sqrt(3), edge)
+    assert spread(model.model.patch_embed.proj.bias, 1 / math.sqrt(3 * 768), 1 / math.sqrt(768))
+    tokens = torch.cat([model.model.cls_token, model.model.mask_token], -1)
+    assert spread(tokens, 0.02)
+    (adapter,) = model.attn_adapter.values()
+    assert adapter.weight.shape == (8, 2, 1, 1) and adapter.weight.abs().max() <= 2**-0.5
+    hiera = distill_lite.masked_model(replace(HIERA, embed_dim=16))
+    check_linear(hiera, None, 0.0, "$^")
+    for table in (hiera.pos_embed, hiera.decoder_pos_embed):
+        assert spread(table, 0.02)
+    for head in hiera.multi_scale_fusion_heads:
+        edge = 1 / math.sqrt(head.weight[0].numel())
+        assert spread(head.weight, edge / math.sqrt(3), edge)
+    tuned = distill_lite.classifier(replace(HIERA, embed_dim=16), 100)
+    check_linear(tuned, 0.02, 0.02, "head")
+    assert spread(tuned.head.projection.weight, 2e-5) and (tuned.head.projection.bias == 2e-5).all()
+    plain = distill_lite.classifier(replace(TEST, embed_dim=64), 100)
+    check_linear(plain, 0.02, 0.0, "$^")
+    assert spread(plain.pos_embed, 0.02) and spread(plain.patch_embed.proj.bias,
+                                                    1 / math.sqrt(3 * 768))
+    config = replace(TEST, embed_dim=64, rpe="both", qkv_bias="qv", layer_scale=0.1)
+    model = distill_lite.classifier(config, 100)
+    for i, block in enumerate(model.blocks, 1):
+        for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+            assert spread(weight, 0.02 / math.sqrt(2 * i))
+        assert (block.gamma_1 == 0.1).all() and (block.gamma_2 == 0.1).all()
+        zero = (block.attn.relative_position_bias_table, block.attn.q_bias, block.attn.v_bias)
+        assert not any(p.any() for p in zero)
+    assert spread(model.head.weight, 2e-5) and spread(model.patch_embed.proj.weight, 0.02)
+    assert not model.patch_embed.proj.bias.any()
+
+
+@pytest.mark.parametrize("config", [TEST, HIERA], ids=["vit", "hiera"])
+def test_pictures_show_what_is_hidden(config: ModelConfig) -> None:
+    """Visible patches as they are, hidden ones grey, then what a perfect model would predict."""
+    model, plan = build(config).model, drawn(config)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+
+    def perfect(images: Tensor, plan: ShufflePlan) -> tuple[Tensor, Tensor]:
+        patches = model.of_hidden(distill_lite.patchify(images, 16), plan)
+        return torch.zeros(()), model.target(patches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward", perfect)
+        picture, _ = distill_lite.draw_reconstructions(model, pixels, plan)
+    zoom = picture.width // (3 * 64)
+    found = np.asarray(picture)[16::zoom, ::zoom].reshape(2, 64, 3, 64, 3)
+    image, seen, filled = found.transpose(2, 0, 1, 3, 4)
+    same(image, pixels.permute(0, 2, 3, 1).numpy())
+    near(filled.astype(float), image.astype(float), atol=1.0)
+    hidden = (seen != image).any(-1)
+    assert hidden.mean() == pytest.approx(plan.hidden.shape[1] / config.units**2, abs=0.01)
 
 
 # ── commands ────────────────────────────────────────────────────────────────────────────
