@@ -84,7 +84,6 @@ import os
 import re
 import resource
 import signal
-import statistics
 import sys
 import time
 import typing
@@ -234,7 +233,7 @@ RECIPES = {  # by command, recipe and, where it matters, model: what differs fro
 @dataclass(frozen=True)
 class RunConfig:
     """What every training run needs, whatever the method."""
-    model: str = ""  # network, our name or timm's; none = that of --weights, else the first (ours)
+    model: str = ""  # network, also by other names; none = that of --weights, else the first (ours)
     recipe: str = "published"  # or small: some hundred to ten thousand images of your own (ours)
     data_path: str = ""  # images; none = a dry run, drawn:N = N built-in ones (ours)
     weights: str = ""  # file to start from, ours or released (ours)
@@ -1741,7 +1740,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
             news = {"loss": loss, "losses": count, "unreadable": bad, "skipped": not finite,
                     "seconds": times[-1], "waited": waited}
             log["epoch"] = {k: log["epoch"].get(k, 0) + v for k, v in news.items()}
-            speed, loss = batch / statistics.median(times[-99:]), loss / max(count, 1)
+            speed, loss = batch / float(np.median(times[-99:])), loss / max(count, 1)
             if step % cfg.log_every == 0:
                 board({"loss": loss, "images_per_second": speed}, step)
                 if bar.disable:

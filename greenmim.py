@@ -73,7 +73,6 @@ import os
 import re
 import resource
 import signal
-import statistics
 import sys
 import time
 import typing
@@ -96,7 +95,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common import augment, data, grouping
-from common.data import InputError
+from common.data import InputError, TrainingError
 
 # ── config ────────────────────────────────────────────────────────────────────────────
 # A field's type says what it may hold, its trailing comment is the help of its flag. To read the
@@ -110,6 +109,7 @@ Share = Annotated[float, (0.0, 1.0)]
 Pixels = Annotated[int, (1, 4096)] | tuple[int, int]  # a side, or 224x320: height and width
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SCRIPT = Path(__file__).stem
+UNDECAYED = (".bias", "bias_table", "token")  # ends of names without weight decay, beside vectors
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ RECIPES = {  # by command, recipe and, where it matters, model: what differs fro
         "model": "swin_n", "batch_size": 64, "blr": 1.6e-3, "epochs": 100, "warmup_epochs": 5.0,
         "mask_ratio": 0.6},
     ("finetune", "small"): {
-        "model": "swin_n", "batch_size": 32, "blr": 1.6e-2, "epochs": 30, "warmup_epochs": 3.0,
+        "model": "swin_n", "batch_size": 32, "blr": 1.6e-2, "epochs": 60, "warmup_epochs": 3.0,
         "min_lr": 1e-6, "layer_decay": 0.8, "clip_grad": 1.0, "crop_min": 0.35, "mixup": 0.0,
         "cutmix": 0.0, "reprob": 0.0, "aa": "none"},
 }
@@ -186,7 +186,7 @@ RECIPES = {  # by command, recipe and, where it matters, model: what differs fro
 @dataclass(frozen=True)
 class RunConfig:
     """What every training run needs, whatever the method."""
-    model: str = ""  # network, our name or timm's; none = that of --weights, else the first (ours)
+    model: str = ""  # network, also by other names; none = that of --weights, else the first (ours)
     recipe: str = "published"  # or small: some hundred to ten thousand images of your own (ours)
     data_path: str = ""  # images; none = a dry run, drawn:N = N built-in ones (ours)
     weights: str = ""  # file to start from, ours or released (ours)
@@ -261,7 +261,7 @@ class FinetuneConfig(RunConfig, MethodConfig):
     weight_decay: Amount = 0.05  # AdamW (released config)
     clip_grad: Amount | None = 5.0  # largest gradient norm (SimMIM)
     layer_decay: Share = 0.9  # learning rate factor from layer to layer (released config)
-    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # depth of the last block (released config)
+    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # stochastic depth, last block (released)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.08  # smallest crop, share of the image (SimMIM)
     mixup: Amount = 0.8  # Beta parameter, 0 = off (SimMIM)
     cutmix: Amount = 1.0  # Beta parameter, 0 = off (SimMIM)
@@ -600,7 +600,8 @@ class SwinEncoder(nn.Module):
         if key not in self.dense_plans:
             nothing = np.zeros((height // unit, width // unit), bool)
             plan = plan_mask(replace(self.config, release="corrected"), nothing)
-            self.dense_plans[key] = to_device(plan, device)
+            with torch.inference_mode(False):  # so that it also serves a later training
+                self.dense_plans[key] = to_device(plan, device)
         return self.dense_plans[key]
 
     def stages(self, images: Tensor, plan: MaskPlan | None = None) -> list[Tensor]:
@@ -715,7 +716,7 @@ class GreenMIM(nn.Module):
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
 
-# Computed here, so neither needed from a file nor saved; official Swin makes its own, too.
+# Computed here, so not needed from a file and in no checkpoint.
 INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 
 
@@ -958,9 +959,6 @@ def setup_process(device: str, dtype: str) -> Process:
     return Process(rank, world_size, chosen, kinds[dtype])
 
 
-UNDECAYED = (".bias", "bias_table", "token")  # ends of names, beside all vectors
-
-
 def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
                      layer_decay: float = 1.0, undecayed: Sequence[str] = UNDECAYED) -> list[dict]:
     """AdamW groups: no decay for vectors and `undecayed` names; `lr_scale` by layer."""
@@ -1119,12 +1117,6 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
 
 # ── training loop ─────────────────────────────────────────────────────────────────────
 
-class TrainingError(InputError):
-    """Training cannot go on; the message is one sentence to print before exit 1."""
-
-    code = 1
-
-
 def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoader, args: dict,
           schedule: Callable[[int, float], float],
           loss_of: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
@@ -1191,7 +1183,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
             news = {"loss": loss, "losses": count, "unreadable": bad, "skipped": not finite,
                     "seconds": times[-1], "waited": waited}
             log["epoch"] = {k: log["epoch"].get(k, 0) + v for k, v in news.items()}
-            speed, loss = batch / statistics.median(times[-99:]), loss / max(count, 1)
+            speed, loss = batch / float(np.median(times[-99:])), loss / max(count, 1)
             if step % cfg.log_every == 0:
                 board({"loss": loss, "images_per_second": speed}, step)
                 if bar.disable:
@@ -1433,21 +1425,20 @@ def finetune(cfg: FinetuneConfig) -> dict:
 
 # ── other commands ────────────────────────────────────────────────────────────────────
 
-def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
-               ) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
+def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
+               process: Process | None = None) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
     """Process, the network of --weights (`whole` = with its decoder, else an encoder or, if the
     file has a head that is wanted, a classifier), what the file says of itself, and the crop."""
     if not cfg.weights:
         raise InputError("give --weights FILE")
-    process, file = setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
+    process, file = process or setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
     weight = swin_names(file["model"]).get("head.weight")
     with data.blaming(cfg.weights):
-        if whole:
-            make = partial(GreenMIM, config)
-        elif weight is None or not head:  # whoever has had a head was trained with its eps
-            make = partial(SwinEncoder, config, 1e-6 if weight is None else 1e-5)
-        else:
+        # Whoever has had a head was trained with its eps.
+        encoder = partial(SwinEncoder, config, 1e-6 if weight is None else 1e-5)
+        make = partial(GreenMIM, config) if whole else encoder
+        if weight is not None and head and not whole:
             make = partial(SwinClassifier, config, len(weight))
     model, said = load_weights(make, cfg.weights, file, cfg.release)
     size = cfg.input_size or config.input_size
@@ -1458,7 +1449,8 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
 
 def load_backbone(path: str | Path) -> nn.Module:
     """Encoder with the weights of any file that this script reads: .maps, .channels, .strides."""
-    return open_model(UseConfig(weights=str(path), device="cpu"), head=False)[1]
+    alone = Process(0, 1, torch.device("cpu"), torch.float32)  # the program around it is not ours
+    return open_model(UseConfig(weights=str(path)), head=False, process=alone)[1]
 
 
 @torch.no_grad()
@@ -1556,30 +1548,39 @@ def reconstruct(cfg: UseConfig) -> dict:
     return {"output": str(output), "images": len(pixels), "mask_ratio": ratio, "loss": loss}
 
 
-def export(cfg: UseConfig) -> dict:
-    """Encoder, and head if there is one, in timm's or official Swin's parameter names."""
-    _, model, *_ = open_model(cfg)
-    config, state = model.config, export_state(model, cfg.naming)
-    output = Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
-    write = partial(torch.save, state if cfg.naming == "timm" else {"model": state})
+def save_state(process: Process, output: Path, state: dict[str, Tensor], content: dict) -> dict:
+    """Write a state dict, once: as .safetensors, or the `content` that holds it as .pth."""
+    write = partial(torch.save, content)
     if output.suffix == ".safetensors":
         with data.blaming(output):
             from safetensors.torch import save
 
         write = lambda file: file.write(save(state))  # noqa: E731
-    data.save_file(output, write)
-    print(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
-          f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
+    if process.rank == 0:
+        data.save_file(output, write)
+    process.say(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
+                f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
+    return {"output": str(output), "tensors": len(state)}
+
+
+def export(cfg: UseConfig) -> dict:
+    """Encoder, and head if there is one, in timm's or official Swin's parameter names."""
+    if cfg.input_size:
+        raise InputError("export writes a network as its file has it: leave out --input_size")
+    process, model, *_ = open_model(cfg)
+    config, output = model.config, Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
+    state = export_state(model, cfg.naming)
+    result = save_state(process, output, state, state if cfg.naming == "timm" else {"model": state})
     if cfg.naming == "timm":
         names = ("patch_size", "embed_dim", "depths", "num_heads", "window_size")
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         outputs = model.head.out_features if isinstance(model, SwinClassifier) else 0
-        print(f"timm.create_model('swin_base_patch4_window7_224', img_size={config.input_size}, "
-              f"{sizes}, num_classes={outputs}) loads it strictly")
+        process.say("timm.create_model('swin_base_patch4_window7_224', img_size="
+                    f"{config.input_size}, {sizes}, num_classes={outputs}) loads it strictly")
     if any(config.side(i) % config.window(i) for i in range(len(config.depths))):
-        print("note: timm pads windows that do not divide a map, official Swin refuses them; "
-              "here they are cut, so answers differ")
-    return {"output": str(output), "tensors": len(state)}
+        process.say("note: timm pads windows that do not divide a map, official Swin refuses them; "
+                    "here they are cut, so answers differ")
+    return result
 
 
 def features(cfg: UseConfig) -> dict:

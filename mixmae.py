@@ -5,34 +5,35 @@ Hierarchical Vision Transformers", CVPR 2023, arXiv 2205.13137; at first called 
 The method is this file, from "masking" to "model".
 
 The idea. MAE drops masked tokens before its plain ViT; a hierarchical ViT needs them for its
-windows and its 2x2 merging, and mask tokens in their place cost compute and never occur later.
-Here the holes are filled with what another image has there: the encoder sees a dense, mixed image
-of real pixels, in which a token attends only to tokens of its own image. Then the two images are
-taken apart, mask tokens fill the holes, and a light ViT decoder reconstructs both. What is masked
-is a unit of 32 px, as large as one token of the last stage (a patch, which is embedded, has 4 px):
-a 2x2 block is of one image as a whole, and merging just works. Unlike in MAE all images of a batch
-share one mask, and image i is mixed with image B-1-i. Of this pair each unit is visible in one
-mixture, and reconstructed from the other: exactly once. What is predicted of an image depends on
-that image alone; its partner only fills the holes.
+windows and its 2x2 merging, and mask tokens in their place cost compute and never occur in
+fine-tuning. Here the holes are filled with what another image has there: the encoder sees a dense,
+mixed image of real pixels, in which a token attends only to tokens of its own image. Then the two
+images are taken apart, mask tokens fill the holes, and a light ViT decoder reconstructs both. What
+is masked is a unit of 32 px, as large as one token of the last stage (a patch, which is embedded,
+has 4 px): a 2x2 block is of one image as a whole, and merging just works. Unlike in MAE all images
+of a batch share one mask, and image i is mixed with image B-1-i: each unit of either is visible in
+one of the two mixtures and reconstructed from the other, exactly once. What is predicted of an
+image depends on that image alone; its partner only fills the holes.
 
-    z_i = x_i where m = 0, x_(B-1-i) where m = 1       x an image, m the mask, 1 = hidden (0)
+    z_i = I_i where m = 0, I_(B-1-i) where m = 1       I an image, m the mask, 1 = hidden (0)
     x = norm(embed(patches of z)) + position                                              (1)
     x = x + proj(softmax(q k^T / sqrt(d) + R + M) v), q, k, v = linear(norm(x)) by window (2)
     x = x + fc2(gelu(fc1(norm(x))))                                                       (3)
-    x = W norm([x(0,0), x(1,0), x(0,1), x(1,1)])       (row, column) in a 2x2 block       (4)
+    x = linear(norm([x(0,0), x(1,0), x(0,1), x(1,1)])) (row, column) in a 2x2 block       (4)
     t = (u - mean(u)) / sqrt(var(u) + 1e-6)            u the pixels of one unit           (5)
-    loss = mean over all units of (prediction - t)^2                                      (6)
-    a_i = x_i where m = 0, else mask token;  b_i = x_i where m = 1, else mask token       (7)
-    prediction_i = decoder(a_i) where m = 1, decoder(b_(B-1-i)) where m = 0               (8)
+    loss = mean over all units of (p - t)^2            p of (8)                           (6)
+    a_i = y_i where m = 0, else mask token             y = linear(norm(x)) of mixture i,
+    b_i = y_i where m = 1, else mask token             after the last stage               (7)
+    p_i = decoder(a_i) where m = 1, decoder(b_(B-1-i)) where m = 0                        (8)
 
 R is the learned relative position bias; M is 0 between tokens of one image, else -inf. Windows are
-large and never shifted, so all blocks of a stage attend alike: the tokens of a stage stand in a
-row of slots, window after window, and only merging moves them. A stage of one window needs no M:
-its visible tokens come first, its hidden ones after them, and each part attends by itself. Such a
-run of alike windows is a `Span`:
-    start, windows W       its first slot, and the number of its windows, of S slots each
+large and never shifted, so all blocks of a stage attend alike, and the tokens of a stage are kept
+in the order that attention wants, window after window; only merging moves them. A token's place in
+that order is its slot. A stage of one window needs no M: the tokens of image i come first, those
+of its partner after them, and each part attends by itself. Windows that attend alike are a `Span`:
+    start, windows K       its first slot, and the number of its windows, of S slots each
     index (S, S)           for each pair of a window's slots, query and key, its row of R's table
-    apart (W, 1, S, S)     where M is -inf; None if it is 0 everywhere
+    apart (K, 1, S, S)     where M is -inf; None if it is 0 everywhere
 
 Data flow of Swin-B at 224 px, windows 14, 14, 14, 7: U = 49 units, 24 of them hidden. Stages count
 from 0, as in the parameter names.
@@ -50,16 +51,18 @@ Paper, released code, and here:
   - In a batch of odd size the middle image is mixed with itself, and so is one alone: as released,
     and the log says so. No harm is done: by M its two parts are as strange to each other as two
     images are.
-  - The released decay of learning rates gives the head that of the last block; kept. So is weight
-    decay of the mask token and of the tables of R, which a list that nobody reads would exempt.
+  - Released fine-tuning draws the head anew, next to zero, even where the file has one; here a
+    head that fits is kept. Its learning rate is that of the last block, as released.
+  - Weight decay of the tables of R and of the mask token is as released, too; a list there that
+    would exempt the latter is never read.
 
-Letters: B batch, N tokens, U units, C channels, D decoder width, W windows, S slots of a window,
+Letters: B batch, N tokens, U units, C channels, D decoder width, K windows, S slots of a window,
 h heads, d head width, P values of a unit; H, W pixels, (h, w) tokens of a map.
 Comments say where a value is from: (paper), (released ...), (MAE), (ours) = chosen here.
 
 Usage:
     python mixmae.py demo                                            about a minute, two CPU cores
-    torchrun --nproc_per_node 8 mixmae.py --model swin_b --data_path /imagenet
+    torchrun --nproc_per_node 8 mixmae.py --accum_iter 2 --data_path /imagenet     batch 2048
     torchrun --nproc_per_node 8 mixmae.py finetune --data_path /imagenet \
         --weights output/mixmae/pretrain/backbone.pth
     python mixmae.py {evaluate,reconstruct,export,features} --help
@@ -79,7 +82,6 @@ import os
 import re
 import resource
 import signal
-import statistics
 import sys
 import time
 import typing
@@ -102,7 +104,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common import augment, data
-from common.data import InputError
+from common.data import InputError, TrainingError
 
 # ── config ────────────────────────────────────────────────────────────────────────────
 # A field's type says what it may hold, its trailing comment is the help of its flag. To read the
@@ -116,7 +118,7 @@ Share = Annotated[float, (0.0, 1.0)]
 Pixels = Annotated[int, (1, 4096)] | tuple[int, int]  # a side, or 224x320: height and width
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SCRIPT = Path(__file__).stem
-EPS = 1e-5  # of every LayerNorm (released)
+UNDECAYED = (".bias",)  # ends of names without weight decay, beside vectors
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ MODELS = {  # pixels, patch, width, depths, heads, windows, MLP ratio; decoder: 
     "swin_l_384": ModelConfig(384, 4, 192, (2, 2, 18, 2), (6, 12, 24, 48), (16, 16, 24, 12)),
     "swin_n": ModelConfig(
         128, 4, 48, (2, 2, 6, 2), (3, 6, 12, 24), (8, 8, 8, 4), 4.0, 192, 2, 6),  # ours
-    "demo": ModelConfig(64, 8, 64, (2, 4), (2, 4), (4, 4), 4.0, 96, 2, 3),  # ours
+    "demo": ModelConfig(64, 8, 64, (2, 2), (2, 4), (4, 4), 4.0, 96, 1, 3),  # ours
     "test": ModelConfig(64, 4, 16, (2, 2, 2), (1, 2, 4), (4, 4, 4), 4.0, 32, 1, 2),  # ours
 }
 OTHER_NAMES = {  # the constructors of released code
@@ -178,7 +180,7 @@ RECIPES = {  # by command, recipe and, where it matters, model: what differs fro
     ("pretrain", "small"): {
         "model": "swin_n", "batch_size": 64, "blr": 1.6e-3, "epochs": 100, "warmup_epochs": 5.0},
     ("finetune", "small"): {
-        "model": "swin_n", "batch_size": 32, "blr": 8e-3, "epochs": 30, "warmup_epochs": 3.0,
+        "model": "swin_n", "batch_size": 32, "blr": 8e-3, "epochs": 60, "warmup_epochs": 3.0,
         "layer_decay": 0.8, "clip_grad": 1.0, "crop_min": 0.35, "mixup": 0.0, "cutmix": 0.0,
         "reprob": 0.0, "aa": "none"},
 }
@@ -187,7 +189,7 @@ RECIPES = {  # by command, recipe and, where it matters, model: what differs fro
 @dataclass(frozen=True)
 class RunConfig:
     """What every training run needs, whatever the method."""
-    model: str = ""  # network, our name or timm's; none = that of --weights, else the first (ours)
+    model: str = ""  # network, also by other names; none = that of --weights, else the first (ours)
     recipe: str = "published"  # or small: some hundred to ten thousand images of your own (ours)
     data_path: str = ""  # images; none = a dry run, drawn:N = N built-in ones (ours)
     weights: str = ""  # file to start from, ours or released (ours)
@@ -227,13 +229,12 @@ class FileConfig:
 @dataclass(frozen=True)
 class MethodConfig:
     """What MixMAE lets one change of the network; None = as the file or the model has it."""
-    window_size: tuple[Count, ...] | None = None  # a window a stage: 14,14,14,7 (paper)
-    mix_embed: bool | None = None  # learned vectors that tell the two images apart (paper)
+    window_size: tuple[Count, ...] | None = None  # one a stage, as 14,14,14,7; none = as is (paper)
 
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig, MethodConfig):
-    """Recipe of the released slurm script, 16 processes."""
+    """Recipe of the released slurm script, 16 processes, for Swin-B; nothing else is published."""
     output_dir: str = f"output/{SCRIPT}/pretrain"  # checkpoints, log.txt, pictures (ours)
     batch_size: Count = 128  # images per process (released script)
     epochs: Count = 600  # passes over the data (released script)
@@ -246,11 +247,12 @@ class PretrainConfig(RunConfig, MethodConfig):
     mask_ratio: Share = 0.5  # share of hidden units (paper)
     mask_ratio_range: Share = 0.0  # each step adds up to this to the ratio (released default)
     norm_pix_loss: bool | None = None  # normalise each target unit; none = yes (released script)
+    mix_embed: bool | None = None  # learned vectors tell the two images apart; none = no (paper)
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig, MethodConfig):
-    """Recipe of the released fine-tuning script, 8 processes."""
+    """Recipe of the released fine-tuning script, 8 processes, for Swin-B at 224 px."""
     output_dir: str = f"output/{SCRIPT}/finetune"  # checkpoints and log.txt (ours)
     linear_probe: bool = False  # train the head only: plain crops, no mixing (ours)
     nb_classes: Count | None = None  # outputs; none = the number of class folders (ours)
@@ -258,11 +260,11 @@ class FinetuneConfig(RunConfig, MethodConfig):
     epochs: Count = 100  # passes over the data (released script)
     warmup_epochs: Amount = 5.0  # linear warm-up (released default)
     blr: Amount = 5e-4  # learning rate per 256 images (released script)
-    min_lr: Amount = 1e-6  # end of the cosine, of the head's rate (released default)
+    min_lr: Amount = 1e-6  # end of the cosine, before layer decay (released default)
     weight_decay: Amount = 0.05  # AdamW (released script)
     clip_grad: Amount | None = None  # largest gradient norm; none = any (released default)
     layer_decay: Share = 0.7  # learning rate factor from layer to layer (released script)
-    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # depth of the last block (released script)
+    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # stochastic depth, last block (released)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.08  # smallest crop, share of the image (released)
     mixup: Amount = 0.8  # Beta parameter, 0 = off (released script)
     cutmix: Amount = 1.0  # Beta parameter, 0 = off (released script)
@@ -319,9 +321,12 @@ def check_windows(config: ModelConfig) -> None:
         side = config.side(stage)
         divisors = [w for w in range(1, side + 1) if side % w == 0]
         near.append(str(min(divisors, key=lambda w: abs(w - asked))))
-    sizes = [str(s) for s in range(2 * unit, 2 * size, unit) if fits(s)]
+    made = [name for name, m in MODELS.items() if (m.input_size, m.embed_dim, m.depths)
+            == (size, config.embed_dim, config.depths)]
+    sizes = [str(s) for s in range(2 * unit, max(2 * size, 16 * unit), unit) if fits(s)]
     sizes = " or ".join(sorted(sizes, key=lambda s: abs(int(s) - size))[:2])
     near = ",".join(near) + (f", or --input_size {sizes}" if sizes else "")
+    near += f"; made for {size} px: --model {made[0]}" if made else ""
     raise InputError(f"windows {config.window_size} do not divide the maps of {size} px; the "
                      f"nearest that do: --window_size {near}")
 
@@ -359,9 +364,9 @@ def mix(images: Tensor, hidden: Tensor) -> Tensor:
 class Span:
     """Windows, one after another in the slots of a stage, that attend alike."""
     start: int  # first slot
-    windows: int  # W
+    windows: int  # K
     index: Tensor  # (S, S) row of the bias table for each pair of a window's slots, query and key
-    apart: Tensor | None  # (W, 1, S, S) bool, True = of unlike source; None = all see all
+    apart: Tensor | None  # (K, 1, S, S) bool, True = of unlike source; None = all see all
 
 
 @dataclass(frozen=True)
@@ -405,11 +410,12 @@ def plan_mix(config: ModelConfig, mask: np.ndarray) -> MixPlan:
 
 def plan_stage(source: np.ndarray, window: int) -> tuple[np.ndarray, list[Span]]:
     """(N,) the token in each slot of a stage, -1 = padding, and its spans, for an (h, w) map of
-    sources. Windows that the border cuts are padded; what pads is a source of its own."""
+    sources. Windows that the border cuts (in `maps` and evaluation at other sizes) are padded; what
+    pads is a source of its own."""
     (h, w), (p, q) = source.shape, np.minimum(source.shape, window)
     pad, layout = ((0, -h % p), (0, -w % q)), "(a p) (b q) -> (a b) (p q)"
     tokens = np.pad(np.arange(h * w).reshape(h, w), pad, constant_values=-1)
-    tokens = rearrange(tokens, layout, p=p, q=q)  # (W, S)
+    tokens = rearrange(tokens, layout, p=p, q=q)  # (K, S)
     source = rearrange(np.pad(source, pad, constant_values=2), layout, p=p, q=q)
     y, x = np.divmod(np.arange(p * q), q)
     index = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
@@ -453,6 +459,9 @@ def to_device(plan: object, device: torch.device) -> object:
 
 # ── layers ────────────────────────────────────────────────────────────────────────────
 
+EPS = 1e-5  # of every LayerNorm (released)
+
+
 def drop_path(x: Tensor, probability: float) -> Tensor:
     """Drop the branch of whole samples and scale the others to keep the mean (training only)."""
     if probability == 0.0:
@@ -495,19 +504,19 @@ class MixedWindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, spans: list[Span]) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
+        """(B, N, C) -> (B, N, C), tokens in the slots of the spans."""
         x, outputs = self.qkv(x), []  # (B, N, 3C)
         for span in spans:
             size = len(span.index)
             part = x[:, span.start : span.start + span.windows * size]
-            layout = "b (w s) (three h d) -> three b (w h) s d"  # a head of a window
+            layout = "b (k s) (three h d) -> three b (k h) s d"  # a head of a window
             q, k, v = rearrange(part, layout, three=3, s=size, h=self.num_heads)
             bias = self.relative_position_bias_table.index_select(0, span.index.reshape(-1))  # R
             bias = rearrange(bias, "(s t) h -> 1 h s t", s=size).expand(span.windows, -1, -1, -1)
             if span.apart is not None:
                 bias = bias.masked_fill(span.apart, -math.inf)  # R + M
-            part = attend(q, k, v, bias.flatten(0, 1).unsqueeze(0))  # (B, W * h, S, d), Eq. (2)
-            outputs.append(rearrange(part, "b (w h) s d -> b (w s) (h d)", w=span.windows))
+            part = attend(q, k, v, bias.flatten(0, 1).unsqueeze(0))  # (B, K * h, S, d), Eq. (2)
+            outputs.append(rearrange(part, "b (k h) s d -> b (k s) (h d)", k=span.windows))
         return self.proj(torch.cat(outputs, dim=1))
 
 
@@ -576,7 +585,7 @@ class PatchMerging(nn.Module):
 
 
 class MixStage(nn.Module):
-    """Blocks that attend in the same windows, then merging."""
+    """Blocks that attend in the same windows, and the merging after them."""
 
     def __init__(self, config: ModelConfig, stage: int, drop_paths: Sequence[float]) -> None:
         super().__init__()
@@ -625,7 +634,8 @@ class MixEncoder(nn.Module):
             raise ValueError(f"images of {height}x{width} px: {unit} must divide both sides")
         if key not in self.dense_plans:
             nothing = np.zeros((height // unit, width // unit), bool)
-            self.dense_plans[key] = to_device(plan_mix(self.config, nothing), device)
+            with torch.inference_mode(False):  # so that it also serves a later training
+                self.dense_plans[key] = to_device(plan_mix(self.config, nothing), device)
         return self.dense_plans[key]
 
     def stages(self, images: Tensor, plan: MixPlan,
@@ -638,7 +648,7 @@ class MixEncoder(nn.Module):
         outputs = []
         for stage, layer in enumerate(self.layers):
             if len(mix_embed):
-                x = x + mix_embed[stage].index_select(0, plan.sources[stage])
+                x = x + mix_embed[stage].to(x.dtype).index_select(0, plan.sources[stage])
             x = layer(x, plan.spans[stage], self.grad_checkpoint and self.training)
             outputs.append(x)
             if stage < len(self.layers) - 1:
@@ -683,7 +693,7 @@ def stretch(table: Tensor, shape: Sequence[int]) -> Tensor:
         return table
     grid = rearrange(table.float(), "(h w) c -> 1 c h w", h=side)
     grid = F.interpolate(grid, tuple(shape), mode="bicubic", align_corners=False)
-    return rearrange(grid, "1 c h w -> (h w) c")
+    return rearrange(grid, "1 c h w -> (h w) c").to(table.dtype)
 
 
 # ── decoder and target ────────────────────────────────────────────────────────────────
@@ -768,7 +778,7 @@ class MixMAE(MixEncoder):
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
 
-# Computed here, so neither needed from a file nor saved; official Swin makes its own, too.
+# Computed here, so not needed from a file and in no checkpoint.
 INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 MMPRETRAIN = {  # its names, as regular expressions, and the official ones
     r"^backbone\.": "", r"\.ln([12])\.": r".norm\1.", r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.",
@@ -891,6 +901,8 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             state = {k: v for k, v in state.items() if not k.startswith(decoder)}
         elif "decoder_pred.weight" not in state:
             raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
+        elif ("mix_embed.0" in state) != ("mix_embed.0" in own):
+            raise ValueError("--mix_embed has to be as in the file, --no-mix_embed without it")
         tables = [k for k in own if k.endswith(("bias_table", "pos_embed")) and k in state
                   and state[k].ndim == own[k].ndim and state[k].shape != own[k].shape
                   and state[k].mT.shape[:-1] == own[k].mT.shape[:-1]]  # other numbers of rows
@@ -927,8 +939,8 @@ def check_keys(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
 
 
 def export_state(model: MixEncoder, naming: str) -> dict[str, Tensor]:
-    """State dict of encoder and head that the official loader takes strictly, or, as "swin", that
-    official Swin of the same windows does, which has no position table and shifts its windows."""
+    """State dict of encoder and head: as "official" what the released loader takes (a classifier
+    strictly, index buffers and all), as "swin" what official Swin of the same windows takes."""
     decoder = ("decoder_", "mask_token", "mix_embed.")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()
              if not k.startswith(decoder)}
@@ -1000,9 +1012,6 @@ def setup_process(device: str, dtype: str) -> Process:
         raise InputError(f"cannot start with {place}: {reason}") from None
     kinds = {"auto": usual, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return Process(rank, world_size, chosen, kinds[dtype])
-
-
-UNDECAYED = (".bias",)  # ends of names, beside all vectors
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
@@ -1164,12 +1173,6 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
 
 # ── training loop ─────────────────────────────────────────────────────────────────────
 
-class TrainingError(InputError):
-    """Training cannot go on; the message is one sentence to print before exit 1."""
-
-    code = 1
-
-
 def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoader, args: dict,
           schedule: Callable[[int, float], float],
           loss_of: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
@@ -1236,7 +1239,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
             news = {"loss": loss, "losses": count, "unreadable": bad, "skipped": not finite,
                     "seconds": times[-1], "waited": waited}
             log["epoch"] = {k: log["epoch"].get(k, 0) + v for k, v in news.items()}
-            speed, loss = batch / statistics.median(times[-99:]), loss / max(count, 1)
+            speed, loss = batch / float(np.median(times[-99:])), loss / max(count, 1)
             if step % cfg.log_every == 0:
                 board({"loss": loss, "images_per_second": speed}, step)
                 if bar.disable:
@@ -1373,9 +1376,9 @@ def pretrain(cfg: PretrainConfig) -> dict:
 
 
 def odd_batch(size: int) -> str:
-    """What mixing means for a batch of that many images, if it is not as it should be."""
-    what = "the image is" if size == 1 else "the middle image of each batch is"
-    said = f"a batch of {size} is odd: {what} mixed with itself, of which the mask still hides half"
+    """What mixing means for a batch of that many images, if not all of them have a partner."""
+    what = "the image" if size == 1 else "the middle image of each batch"
+    said = f"a batch of {size} is odd: {what} is mixed with itself, what is hidden stays hidden"
     return said if size % 2 else ""
 
 
@@ -1420,10 +1423,11 @@ def finetune(cfg: FinetuneConfig) -> dict:
     process = setup_process(cfg.device, cfg.dtype)
     file = read_checkpoint(cfg.weights) if cfg.weights else None
     name, config = choose_config(cfg, file)
-    config = replace(config, mix_embed=False)  # nothing is mixed
+    config = replace(config, mix_embed=False)  # no image holds another
     cfg, side = replace(cfg, model=name), config.input_size
     if cfg.linear_probe:
-        cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0)
+        cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0,
+                      layer_decay=1.0)
     if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
         raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
     with data.blaming(f"--aa {cfg.aa}"):
@@ -1483,14 +1487,16 @@ def finetune(cfg: FinetuneConfig) -> dict:
 
 # ── other commands ────────────────────────────────────────────────────────────────────
 
-def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
-               ) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
+def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
+               process: Process | None = None) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
     """Process, the network of --weights (`whole` = with its decoder, else an encoder or, if the
     file has a head that is wanted, a classifier), what the file says of itself, and the crop."""
     if not cfg.weights:
         raise InputError("give --weights FILE")
-    process, file = setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
-    name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
+    process, file = process or setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
+    # Without new windows the network stays that of its file, which takes images of any size.
+    keep = whole or (cfg.window_size and isinstance(cfg.input_size, int))
+    name, config = choose_config(cfg if keep else replace(cfg, input_size=None), file)
     weight = official_names(file["model"]).get("head.weight")
     with data.blaming(cfg.weights):
         make = partial(MixMAE if whole else MixEncoder, config)
@@ -1499,13 +1505,15 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True
     model, said = load_weights(make, cfg.weights, file)
     size = cfg.input_size or config.input_size
     check_size(size, config.mask_unit)
-    process.say(f"{said}; {name}, {size} px, windows {config.window_size}")
+    other = ", positions stretched, windows cut at the border" if size != config.input_size else ""
+    process.say(f"{said}; {name}, {size} px, windows {config.window_size}{other}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
 
 
 def load_backbone(path: str | Path) -> nn.Module:
     """Encoder with the weights of any file that this script reads: .maps, .channels, .strides."""
-    return open_model(UseConfig(weights=str(path), device="cpu"), head=False)[1]
+    alone = Process(0, 1, torch.device("cpu"), torch.float32)  # the program around it is not ours
+    return open_model(UseConfig(weights=str(path)), head=False, process=alone)[1]
 
 
 @torch.no_grad()
@@ -1606,31 +1614,41 @@ def reconstruct(cfg: UseConfig) -> dict:
     return {"output": str(output), "images": len(pixels), "mask_ratio": ratio, "loss": loss}
 
 
-def export(cfg: UseConfig) -> dict:
-    """Encoder, and head if there is one, in the official or plain Swin's parameter names."""
-    if cfg.naming == "timm":
-        raise InputError("--naming timm: no network of timm has unshifted windows of a size for "
-                         "each stage and a position table; official and swin work")
-    _, model, *_ = open_model(cfg)
-    config, output = model.config, Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
-    windows = [config.window(i) for i in range(len(config.depths))]
-    if cfg.naming == "swin" and windows != [min(windows[0], side) for side in map(
-            config.side, range(len(windows)))]:
-        raise InputError(f"--naming swin: Swin has one window size for all stages, not {windows}")
-    state = export_state(model, cfg.naming)
-    write = partial(torch.save, {"model": state})
+def save_state(process: Process, output: Path, state: dict[str, Tensor], content: dict) -> dict:
+    """Write a state dict, once: as .safetensors, or the `content` that holds it as .pth."""
+    write = partial(torch.save, content)
     if output.suffix == ".safetensors":
         with data.blaming(output):
             from safetensors.torch import save
 
         write = lambda file: file.write(save(state))  # noqa: E731
-    data.save_file(output, write)
-    print(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
-          f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
-    if cfg.naming == "swin":
-        print(f"note: Swin with window_size={windows[0]} loads it, but answers differ: it adds no "
-              "absolute_pos_embed, which is left out, and shifts every second block's windows")
+    if process.rank == 0:
+        data.save_file(output, write)
+    process.say(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
+                f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
     return {"output": str(output), "tensors": len(state)}
+
+
+def export(cfg: UseConfig) -> dict:
+    """Encoder, and head if there is one, in the official or plain Swin's parameter names."""
+    if cfg.naming == "timm":
+        raise InputError("--naming timm: no network of timm has unshifted windows of a size for "
+                         "each stage and a position table; official and swin work")
+    if cfg.input_size:
+        raise InputError("export writes a network as its file has it: leave out --input_size")
+    process, model, *_ = open_model(cfg)
+    stages = range(len(model.config.depths))
+    windows, sides = ([of(i) for i in stages] for of in (model.config.window, model.config.side))
+    if cfg.naming == "swin" and windows != [min(windows[0], side) for side in sides]:
+        raise InputError(f"--naming swin: Swin has one window size for all stages, not {windows}")
+    output = Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
+    state = export_state(model, cfg.naming)
+    result = save_state(process, output, state, {"model": state})
+    if cfg.naming == "swin":
+        process.say(f"note: for a Swin with window_size={windows[0]}, whose answers differ: it has "
+                    "no absolute_pos_embed, which is left out, and shifts every second block's "
+                    "windows; it cannot be read back here")
+    return result
 
 
 def features(cfg: UseConfig) -> dict:
@@ -1659,16 +1677,16 @@ def demo(cfg: UseConfig) -> dict:
     if process.rank == 0:
         data.save_file(output / "start.pth", partial(torch.save, start))
     pretrain(PretrainConfig(**both, data_path="drawn:8192", output_dir=str(output / "pretrain"),
-                            batch_size=64, epochs=5, warmup_epochs=1, lr=2e-3))
+                            batch_size=64, epochs=4, warmup_epochs=1, lr=2e-3))
     result = {}
     for name, weights in (("pretrained", "pretrain/backbone.pth"), ("scratch", "start.pth")):
         tested = finetune(FinetuneConfig(
             **both, data_path="drawn:1000", weights=str(output / weights),
-            output_dir=str(output / name), batch_size=25, epochs=4, warmup_epochs=1,
-            lr=4e-3, clip_grad=0.5, layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="",
-            drop_path=0, ema=0.97, test_freq=4))
+            output_dir=str(output / name), batch_size=25, epochs=5, warmup_epochs=1,
+            lr=1e-3, clip_grad=0.5, layer_decay=0.8, mixup=0, cutmix=0, reprob=0, aa="",
+            drop_path=0, ema=0.97, test_freq=5))
         result[f"{name}_acc1"] = round(tested["test_acc1"], 1)
-    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-4.png"),
+    result |= {"chance": 10.0, "picture": str(output / "pretrain" / "reconstruction-3.png"),
                "seconds": round(time.monotonic() - began, 1)}
     process.say(json.dumps(result))
     return result

@@ -47,6 +47,12 @@ class InputError(Exception):
     """What the user gave cannot work; the message is one sentence to print before exit 2."""
 
 
+class TrainingError(InputError):
+    """Training cannot go on; the message is one sentence to print before exit 1."""
+
+    code = 1
+
+
 @contextlib.contextmanager
 def blaming(path: str | Path) -> Generator[None, None, None]:
     """Whatever goes wrong with a file inside becomes one InputError that names it."""
@@ -479,7 +485,7 @@ class EvalCrop:
         # A strip of 65000 x 1 pixels would become gigabytes: first drop most of what is cropped.
         (h, w), most = pixels.shape[:2], 1 + 16 * max(size) // min(size)
         pixels = center_crop(pixels, (min(h, most * w), min(w, most * h)))
-        height, width = (eval_resize(side, self.rule) for side in size)
+        height, width = (eval_resize(max(size), self.rule) * side // max(size) for side in size)
         return center_crop(resize(pixels, resized_shape(*pixels.shape[:2], (height, width))), size)
 
 

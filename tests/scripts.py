@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +46,28 @@ FAST = ["--lr", "1e-3", "--warmup_epochs", "0"]  # large steps: a lost or double
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--reprob", "0", "--drop_path", "0"]
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = 120  # seconds after which a process hangs; the slowest takes about ten
+
+
+# ── inside a command ────────────────────────────────────────────────────────────────────
+
+
+class Built(Exception):
+    """Carries what a training command has made out of it, before its first step."""
+
+
+def before_training(script: ModuleType, command: str, **flags: object) -> dict[str, object]:
+    """What a training command hands to its loop, by name."""
+
+    def stop(cfg: object, process: object, parts: dict, loader: object, args: dict,
+             schedule: Callable, *_: object) -> None:  # fmt: skip
+        raise Built({"parts": parts, "loader": loader, "args": args, "schedule": schedule})
+
+    _, function = script.COMMANDS[command]
+    config = script.configure(command, model="test", device="cpu", num_workers=0, **flags)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Built) as built:
+        patch.setattr(script, "train", stop)
+        function(replace(config, output_dir=""))
+    return built.value.args[0]
 
 
 # ── what a run leaves ───────────────────────────────────────────────────────────────────

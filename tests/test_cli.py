@@ -299,7 +299,13 @@ def test_every_command(
     state = load(tmp_path / "e.pth")
     count = len(state.get("model", state))
     assert answer == {"output": str(tmp_path / "e.pth"), "tensors": count}
-    encoder = script.load_backbone(tmp_path / "a" / "backbone.pth")
+    with pytest.MonkeyPatch.context() as patch:  # the program around a backbone is left alone
+        patch.setattr(script, "setup_process", None)
+        encoder = script.load_backbone(tmp_path / "a" / "backbone.pth")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        encoder.maps(images)
+    encoder.maps(images)[-1].sum().backward()  # what inference kept serves training
     sizes = [tuple(x.shape[:2]) for x in encoder.maps(torch.zeros(2, 3, 64, 64))]
     assert len(sizes) == len(encoder.strides) == len(encoder.channels)
     assert sizes == [(2, channels) for channels in encoder.channels]

@@ -41,10 +41,12 @@ from tests.golden import (
     take_step,
     watched,
 )
+from tests.scripts import before_training as stopped_before_training
 from tests.scripts import equal
 from tests.test_grouping import SIZINGS
 
 TEST = greenmim.MODELS["test"]
+before_training = partial(stopped_before_training, greenmim)
 CPU = torch.device("cpu")
 
 
@@ -442,25 +444,6 @@ def check_interpolation(fixture: Fixture, *_: object) -> None:
         rows, target = ((2 * case[f"{k}_window"] - 1) ** 2 for k in ("source", "target"))
         table = torch.from_numpy(parameter(key, (rows, case["heads"]), case["seed"]))
         fixture.near(f"out{case['index']}", greenmim.resize_bias_table(table, target), atol=1e-6)
-
-
-class Built(Exception):
-    """Carries what a training command has made out of it, before its first step."""
-
-
-def before_training(command: str, **flags: object) -> dict[str, object]:
-    """What a training command hands to its loop, by name."""
-
-    def stop(cfg: object, process: object, parts: dict, loader: object, args: dict,
-             schedule: Callable, *_: object) -> None:  # fmt: skip
-        raise Built({"parts": parts, "loader": loader, "args": args, "schedule": schedule})
-
-    _, function = greenmim.COMMANDS[command]
-    config = greenmim.configure(command, model="test", device="cpu", num_workers=0, **flags)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Built) as built:
-        patch.setattr(greenmim, "train", stop)
-        function(replace(config, output_dir=""))
-    return built.value.args[0]
 
 
 def model_named(text: str) -> ModelConfig:

@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import re
+import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -36,9 +38,11 @@ from tests.golden import (
     trained,
     watched,
 )
+from tests.scripts import before_training as stopped_before_training
 from tests.scripts import equal
 
 TEST = mixmae.MODELS["test"]
+before_training = partial(stopped_before_training, mixmae)
 CPU = torch.device("cpu")
 
 
@@ -1262,13 +1266,16 @@ def test_windows_that_do_not_divide_are_refused_and_those_named_do(
         mixmae.model_config(base, **changes)
     said = str(refused.value)
     assert "\n" not in said
-    windows, *sizes = re.search(
-        r"--window_size ([\d,]+)(?:, or --input_size (\d+)(?: or (\d+))?)?$", said).groups()
+    windows, *sizes, made = re.search(
+        r"--window_size ([\d,]+)(?:, or --input_size (\d+)(?: or (\d+))?)?"
+        rf"(?:; made for {replace(base, **changes).input_size} px: --model (\w+))?$", said).groups()
     windows, asked = tuple(map(int, windows.split(","))), replace(base, **changes)
     for stage, (near_, window) in enumerate(zip(windows, asked.window_size, strict=True)):
         fit = [w for w in range(1, asked.side(stage) + 1) if asked.side(stage) % w == 0]
         assert near_ in fit and abs(near_ - window) == min(abs(w - window) for w in fit)
     assert mixmae.model_config(base, **changes | {"window_size": windows})
+    assert made is None or mixmae.MODELS[made] == mixmae.model_config(mixmae.MODELS[made])
+    assert (made == "swin_b_384") == (name == "swin_b" and changes == {"input_size": 384})
     for size in filter(None, sizes):
         config = mixmae.model_config(base, **changes | {"input_size": int(size)})
         assert divides(config)
@@ -1326,7 +1333,7 @@ def test_flags_come_before_the_file_and_the_file_before_the_default(tmp_path: Pa
 
     assert chosen(None) == ("swin_b", mixmae.MODELS["swin_b"])
     assert chosen(file) == ("test", source)
-    changes = {"input_size": 64, "window_size": (8, 4, 2), "mix_embed": False}
+    changes = {"input_size": 64, "window_size": (8, 4, 2)}
     assert chosen(file, **changes) == ("test", replace(source, **changes))
     assert chosen(file, model="swin_n") == ("swin_n", mixmae.MODELS["swin_n"])
 
@@ -1751,3 +1758,47 @@ def test_reconstruct_says_once_if_an_image_has_no_partner(
     said = capsys.readouterr().out
     assert said.count("mixed with itself") == count % 2
     assert found["images"] == count and (tmp_path / "grid.png").is_file()
+
+
+# ── as a part of other programs ─────────────────────────────────────────────────────────
+
+
+def test_maps_keep_the_number_format_of_the_model() -> None:
+    model = MixEncoder(TEST).bfloat16()
+    for size in (64, 96):
+        maps = model.maps(torch.randn(1, 3, size, size).bfloat16())
+        assert {x.dtype for x in maps} == {torch.bfloat16}
+
+
+def test_the_method_alone_runs_as_the_docstring_says() -> None:
+    text = (ROOT / "mixmae.py").read_text()
+    imports = text[text.index("from __future__") : text.index("# ── config")]
+    config = text[text.index("Count = ") : text.index("MODELS = {")]
+    method = text[text.index("# ── masking") : text.index("# ── weights")]
+    space: dict[str, object] = {"__file__": "alone.py", "__name__": "alone"}
+    sys.modules["alone"] = types.ModuleType("alone")  # dataclasses look it up
+    try:
+        exec(compile(imports + config + method, "alone.py", "exec"), space)
+    finally:
+        del sys.modules["alone"]
+    model = space["MixMAE"](space["ModelConfig"](**asdict(TEST)))
+    assert model(pictures(TEST), np.arange(TEST.units**2) % 2 == 0)[0].isfinite()
+
+
+def test_a_probe_trains_its_head_at_the_rate_that_is_printed() -> None:
+    run = before_training("finetune", linear_probe=True, data_path="drawn:64", batch_size=4)
+    assert [group["lr_scale"] for group in run["parts"]["optimizer"].param_groups] == [1.0, 1.0]
+
+
+def test_windows_and_size_are_taken_together_when_a_file_is_used(tmp_path: Path) -> None:
+    path = our_file(MixClassifier(TEST, 3), tmp_path / "ours.pth")
+
+    def opened(**flags: object) -> ModelConfig:
+        cfg = mixmae.configure("evaluate", weights=str(path), device="cpu", **flags)
+        return mixmae.open_model(cfg)[1].config
+
+    assert opened(input_size=96) == TEST
+    there = opened(input_size=96, window_size=(6, 6, 6))
+    assert there == replace(TEST, input_size=96, window_size=(6, 6, 6))
+    with pytest.raises(InputError, match="leave out --input_size"):
+        mixmae.export(mixmae.configure("export", weights=str(path), input_size=96))
