@@ -106,7 +106,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common import augment, data
-from common.data import InputError
+from common.data import InputError, TrainingError
 
 # ── config ────────────────────────────────────────────────────────────────────────────
 # A field's type says what it may hold, its trailing comment is the help of its flag. To read the
@@ -951,7 +951,7 @@ def stretch(table: Tensor, shape: Sequence[int]) -> Tensor:
         return table
     grid = rearrange(table.float(), "(h w) c -> 1 c h w", h=side)
     grid = F.interpolate(grid, tuple(shape), mode="bicubic", align_corners=False)
-    return rearrange(grid, "1 c h w -> (h w) c")
+    return rearrange(grid, "1 c h w -> (h w) c").to(table.dtype)
 
 
 # ── decoder and target ────────────────────────────────────────────────────────────────
@@ -1668,12 +1668,6 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
 
 # ── training loop ─────────────────────────────────────────────────────────────────────
 
-class TrainingError(InputError):
-    """Training cannot go on; the message is one sentence to print before exit 1."""
-
-    code = 1
-
-
 def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoader, args: dict,
           schedule: Callable[[int, float], float],
           loss_of: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
@@ -2016,7 +2010,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
     config = model_config(replace(without_teacher(config), two_heads=teacher is not None))
     cfg, side = replace(cfg, model=name), config.input_size
     if cfg.linear_probe:
-        cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0)
+        cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0,
+                      layer_decay=1.0)
     if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
         raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
     with data.blaming(f"--aa {cfg.aa}"):
@@ -2087,13 +2082,13 @@ def without_teacher(config: ModelConfig) -> ModelConfig:
 
 # ── other commands ────────────────────────────────────────────────────────────────────
 
-def open_model(cfg: UseConfig | AnalyseConfig, whole: bool = False, head: bool = True
-               ) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
+def open_model(cfg: UseConfig | AnalyseConfig, whole: bool = False, head: bool = True,
+               process: Process | None = None) -> tuple[Process, nn.Module, dict, data.EvalCrop]:
     """Process, the network of --weights (`whole` = with its decoder, else an encoder or, if the
     file has a head that is wanted, a classifier), what the file says of itself, and the crop."""
     if not cfg.weights:
         raise InputError("give --weights FILE")
-    process, file = setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
+    process, file = process or setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
     state, size = bare_names(file["model"]), cfg.input_size or config.input_size
     check_size(size, config.unit)
@@ -2108,13 +2103,15 @@ def open_model(cfg: UseConfig | AnalyseConfig, whole: bool = False, head: bool =
         config = config if trained else replace(config, global_pool=False, two_heads=False)
         make = partial(LiteViT if config.kind == "vit" else LiteHiera, config)
     model, said = load_weights(make, cfg.weights, file)
-    process.say(f"{said}; {name}, {size} px, {config.num_heads} heads")
+    other = ", positions stretched" if size != config.input_size else ""
+    process.say(f"{said}; {name}, {size} px, {config.num_heads} heads{other}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "timm")
 
 
 def load_backbone(path: str | Path) -> nn.Module:
     """Encoder with the weights of any file that this script reads: .maps, .channels, .strides."""
-    return open_model(UseConfig(weights=str(path), device="cpu"), head=False)[1]
+    alone = Process(0, 1, torch.device("cpu"), torch.float32)  # the program around it is not ours
+    return open_model(UseConfig(weights=str(path)), head=False, process=alone)[1]
 
 
 @torch.no_grad()
@@ -2219,28 +2216,36 @@ def reconstruct(cfg: UseConfig) -> dict:
     return {"output": str(output), "images": len(pixels), "mask_ratio": ratio, "loss": loss}
 
 
+def save_state(process: Process, output: Path, state: dict[str, Tensor], content: dict) -> dict:
+    """Write a state dict, once: as .safetensors, or the `content` that holds it as .pth."""
+    write = partial(torch.save, content)
+    if output.suffix == ".safetensors":
+        with data.blaming(output):
+            from safetensors.torch import save
+
+        write = lambda file: file.write(save(state))  # noqa: E731
+    if process.rank == 0:
+        data.save_file(output, write)
+    process.say(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
+                f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
+    return {"output": str(output), "tensors": len(state)}
+
+
 def export(cfg: UseConfig) -> dict:
     """Encoder, and head if there is one, in released or timm's parameter names."""
-    _, model, *_ = open_model(cfg)
+    if cfg.input_size:
+        raise InputError("export writes a network as its file has it: leave out --input_size")
+    process, model, *_ = open_model(cfg)
     config, output = model.config, Path(cfg.output or f"{Path(cfg.weights).stem}-{cfg.naming}.pth")
     plain = (config.rpe, config.qkv_bias, config.abs_pos, config.layer_scale, config.two_heads)
     if cfg.naming == "timm" and plain != ("none", "qkv", True, 0.0, False):
         raise InputError("--naming timm: timm's ViT has no relative position bias, biases of its "
                          "own for queries and values, or second head on the class token beside a "
                          "mean of patches; official works")
-    state = export_state(model, cfg.naming)
-    write = partial(torch.save, state if cfg.naming == "timm" else {"model": state})
-    if output.suffix == ".safetensors":
-        with data.blaming(output):
-            from safetensors.torch import save
-
-        write = lambda file: file.write(save(state))  # noqa: E731
-    data.save_file(output, write)
-    print(f"wrote {len(state)} tensors to {output}; it wants RGB / 255, less mean "
-          f"{data.IMAGENET_MEAN}, over deviation {data.IMAGENET_STD}")
-    if cfg.naming == "timm":
-        print(timm_call(model))
-    return {"output": str(output), "tensors": len(state)}
+    state, timm = export_state(model, cfg.naming), cfg.naming == "timm"
+    result = save_state(process, output, state, state if timm else {"model": state})
+    process.say(timm_call(model) if timm else "")
+    return result
 
 
 def timm_call(model: nn.Module) -> str:
@@ -2469,9 +2474,9 @@ def demo(cfg: UseConfig) -> dict:
         data.save_file(output / "start.pth", partial(torch.save, start))
     training = {**both, "data_path": "drawn:8192", "batch_size": 64, "warmup_epochs": 1, "lr": 2e-3}
     for name, how in (
-            ("teacher", {"model": "demo_teacher", "epochs": 5}),
-            ("pretrained", {"model": "demo", "epochs": 5}),
-            ("distilled", {"model": "demo", "epochs": 5, "distill": "decoupled",
+            ("teacher", {"model": "demo_teacher", "epochs": 4}),
+            ("pretrained", {"model": "demo", "epochs": 4}),
+            ("distilled", {"model": "demo", "epochs": 4, "distill": "decoupled",
                            "teacher": str(output / "teacher" / "backbone.pth")})):
         pretrain(PretrainConfig(**training, **how, output_dir=str(output / name)))
     result = {}
@@ -2479,10 +2484,10 @@ def demo(cfg: UseConfig) -> dict:
                           ("pretrained", "pretrained/backbone.pth"), ("scratch", "start.pth")):
         tested = finetune(FinetuneConfig(
             **both, model="demo", data_path="drawn:1000", weights=str(output / weights),
-            output_dir=str(output / f"{name}_tuned"), batch_size=25, epochs=4, warmup_epochs=1,
-            lr=4e-3, clip_grad=0.5, layer_decay=0.8, mixup=0, aa="", ema=0.97, test_freq=4))
+            output_dir=str(output / f"{name}_tuned"), batch_size=25, epochs=8, warmup_epochs=1,
+            lr=1e-3, clip_grad=0.5, layer_decay=0.8, mixup=0, aa="", ema=0.97, test_freq=8))
         result[f"{name}_acc1"] = round(tested["test_acc1"], 1)
-    result |= {"chance": 10.0, "picture": str(output / "distilled" / "reconstruction-4.png"),
+    result |= {"chance": 10.0, "picture": str(output / "distilled" / "reconstruction-3.png"),
                "seconds": round(time.monotonic() - began, 1)}
     process.say(json.dumps(result))
     return result
