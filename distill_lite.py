@@ -1392,7 +1392,8 @@ def fit_network(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, T
         elif both in own and {q, v} <= state.keys():
             state[both] = torch.cat([state[q], torch.zeros_like(state[q]), state[v]])
             del state[q], state[v]
-    fixed = [k for k, v in model.named_buffers() if k in state and state[k].shape != v.shape]
+    fixed = [k for k, v in model.named_buffers() if k in state and state[k].shape != v.shape
+             and state[k].shape[-1:] == v.shape[-1:]]  # made by rule, for another size
     state = {k: v for k, v in state.items() if k not in fixed}
     other = [k for k in own if k in state and k.endswith(("pos_embed", "bias_table"))
              and state[k].shape != own[k].shape and state[k].ndim == own[k].ndim
@@ -2352,45 +2353,55 @@ def examine(model: nn.Module, images: Tensor, process: Process,
             [torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)])
 
 
+class Picked(data.ImageFiles):
+    """Some images of a source, in any order: its own may be that of the classes."""
+
+    def __init__(self, source: data.ImageFiles, count: int, seed: int) -> None:
+        self.source, self.labels, self.classes = source, None, []
+        self.chosen = data.permutation(seed, 0, len(source))[:count]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.chosen[index])
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(self.chosen[index])
+
+
 def analyse(cfg: AnalyseConfig) -> dict:
     """Similarity (CKA) of all layers of a network, or of two, and entropy and distance of attention
     by layer and head, as .npz and as a picture."""
-    output = Path(cfg.output or "analysis.npz")
+    output, names, models, loaders = Path(cfg.output or "analysis.npz"), [], [], []
     if output.suffix != ".npz":
         raise InputError(f"--output {output}: numbers are written as .npz, the picture beside them")
-    source, models = data.open_source(cfg.data_path), []
+    source = Picked(data.open_source(cfg.data_path), cfg.images, cfg.seed)
     for weights in (cfg.weights, cfg.other) if cfg.other else (cfg.weights,):
         process, model, _, crop = open_model(replace(cfg, weights=weights), head=False)
-        models.append((Path(weights).stem, model, crop))
-    count, size = min(cfg.images, len(source)), cfg.batch_size
-    if count < 4:
-        raise InputError(f"{cfg.data_path}: four images at least, CKA compares pairs of pairs")
-    sums, triples, seen = [None, None], [], 0
-    crops = [x for *_, x in models]
-    batches = [data.eval_batches(source, x, batch_size=size, num_workers=cfg.num_workers)
-               for x in crops[:1 if len(set(crops)) == 1 else 2]]
-    for batch in tqdm(zip(*batches, strict=True), total=-(-count // size),
-                      disable=not sys.stderr.isatty()):
-        if seen >= count or (seen and len(batch[0][0]) < 4):
-            break
-        found = [examine(model, data.normalize(batch[min(i, len(batch) - 1)][0][:count - seen]),
-                         process) for i, (_, model, _) in enumerate(models)]
-        seen += (number := min(len(batch[0][0]), count - seen))
-        if number >= 4:
+        names.append(Path(weights).stem)
+        models.append(model)
+        loaders.append(data.eval_batches(
+            source, crop, batch_size=cfg.batch_size, num_workers=cfg.num_workers))
+    triples, sums, seen = [], [], 0
+    for batches in tqdm(zip(*loaders, strict=True), disable=not sys.stderr.isatty()):
+        found = [examine(model, data.normalize(images), process)
+                 for model, (images, *_) in zip(models, batches, strict=True)]
+        seen += (number := len(batches[0][0]))
+        sums.append([heads for _, heads in found])
+        if number >= 4:  # fewer say nothing of pairs of pairs
             triples.append(hsic_triple(found[0][0], found[-1][0]))
-        for i, (_, statistics_) in enumerate(found):
-            sums[i] = statistics_ if sums[i] is None else [
-                a + b for a, b in zip(sums[i], statistics_, strict=True)]
+    if not triples:
+        raise InputError(f"{cfg.data_path}: CKA compares pairs of pairs, of four images at least")
     arrays = {"cka": minibatch_cka(torch.stack(triples).mean(0)).numpy()}
-    for name, total in zip(("", "other_"), sums, strict=True):
-        for j, what in enumerate(("entropy", "distance") if total else ()):
-            heads = max(x.shape[1] for x in total)  # Hiera has more in later stages
-            rows = [F.pad(x[j] / seen, (0, heads - x.shape[1]), value=math.nan) for x in total]
-            arrays[name + what] = torch.stack(rows).numpy()
+    for name, parts in zip(("", "other_"), zip(*sums, strict=True), strict=False):
+        blocks = [torch.stack(x).sum(0) / seen for x in zip(*parts, strict=True)]  # (2, h) each
+        most = max(x.shape[1] for x in blocks)  # Hiera has more heads in later stages
+        both = torch.stack([F.pad(x, (0, most - x.shape[1]), value=math.nan) for x in blocks], 1)
+        arrays |= {f"{name}entropy": both[0].numpy(), f"{name}distance": both[1].numpy()}
     if process.rank == 0:
         data.save_file(output, lambda file: np.savez(file, **arrays))
-        data.save_picture(draw_analysis(arrays, [n for n, *_ in models], seen),
-                          output.with_suffix(".png"))
+        data.save_picture(draw_analysis(arrays, names, seen), output.with_suffix(".png"))
     process.say(f"wrote {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} of {seen} images "
                 f"to {output}, picture {output.with_suffix('.png')}")
     return {"output": str(output), "images": seen} | {k: list(v.shape) for k, v in arrays.items()}

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import distill_lite
-from common import augment
+from common import augment, data
 from common.data import InputError
 from distill_lite import DistilledMAE, MaskedDecoder, ModelConfig, ShufflePlan
 from tests.conftest import ROOT, THREADS, golden_files
@@ -1514,6 +1514,9 @@ def test_analyse(teachers: dict[str, Path], tmp_path: Path) -> None:
     """Of one network, of two of other kinds; of fewer images than a batch; of as many as asked."""
     flags = {"data_path": "drawn:22", "batch_size": 8}
     answer = run("analyse", weights=str(teachers["vit"]), output=str(tmp_path / "a.npz"), **flags)
+    picked = distill_lite.Picked(data.open_source("drawn:22"), 12, 0)
+    assert len({picked.name(i) for i in range(len(picked))}) == 12
+    assert [picked.name(i) for i in range(12)] != [f"train/{i}" for i in range(12)]
     with np.load(tmp_path / "a.npz") as arrays:
         assert {k: v.shape for k, v in arrays.items()} == {
             "cka": (4, 4), "entropy": (3, 2), "distance": (3, 2)}
@@ -1531,3 +1534,41 @@ def test_analyse(teachers: dict[str, Path], tmp_path: Path) -> None:
                          ({"batch_size": 3}, "--batch_size")):
         with pytest.raises(InputError, match=named):
             run("analyse", **{"weights": str(teachers["vit"])} | flags | wrong)
+
+
+# ── published files, with --checkpoints DIR ─────────────────────────────────────────────
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "published" in metafunc.fixturenames:
+        folder = metafunc.config.getoption("--checkpoints")
+        skip = pytest.mark.skip(reason="no --checkpoints DIR with published files")
+        params = [pytest.param(None, marks=skip, id="none")]
+        if folder is not None:
+            params = [pytest.param(p, id=p.name) for p in sorted(folder.glob("*.pth*"))]
+            assert params, f"no .pth or .pth.tar file in {folder}"
+        metafunc.parametrize("published", params)
+
+
+def test_published_file_loads_strictly(published: Path) -> None:
+    """Files of pre-training must also beat a grey guess on photographs beside them, if any."""
+    file = distill_lite.read_checkpoint(published)
+    name, config = distill_lite.identify(file)
+    assert (config.embed_dim, config.depths) == (MODELS[name].embed_dim, MODELS[name].depths)
+    state = distill_lite.bare_names(file["model"])
+    heads = [k for k in ("head.weight", "head.projection.weight") if k in state]
+    if "decoder_pred.weight" not in state:
+        if heads:
+            load(partial(distill_lite.classifier, config, len(state[heads[0]])), published)
+        else:
+            load(partial(distill_lite.teacher_model, config), published)
+        return
+    model, said = load(partial(distill_lite.masked_model, config), published)
+    assert said.endswith("all weights as they are")
+    if photographs := [p for p in published.parent.iterdir() if p.suffix in data.SUFFIXES]:
+        source, crop = data.ImageFiles(photographs), data.EvalCrop(config.input_size, "timm")
+        pixels, *_ = next(data.eval_batches(source, crop, batch_size=8))
+        ratio = 0.75 if config.kind == "vit" else distill_lite.HIERA_RATIO
+        with torch.no_grad():
+            loss, _ = model.eval()(data.normalize(pixels), drawn(config, len(pixels), ratio))
+        assert loss < 0.9  # the mean colour of each patch scores 1 where patches are normalised
