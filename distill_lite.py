@@ -1644,7 +1644,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
                    for r in (file["args"], args))
     if wrong := differences(here, there, "the file has"):
-        raise ValueError(f"cannot resume with {wrong}")
+        raise ValueError(f"cannot resume with {wrong}; --resume none starts afresh")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:
         raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
     records, sums = file["log"]["records"], file["log"]["epoch"].values()
@@ -1752,7 +1752,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
                 saved = time.monotonic()
         if stopping and step < total:
-            process.say(f"stopped after step {step}; the same command continues: {good}")
+            process.say(f"stopped after step {step}; --resume auto (the default) continues: {good}")
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(0)
     return log["records"][-1]
 
@@ -2530,7 +2530,7 @@ def fit(hint: object, value: object) -> object:
             raise ValueError(f"does not lie between {low} and {high}")
         return number
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()
         return tuple(fit(options[0], item) for item in items)
     if origin is Literal and value not in options:
         raise ValueError(f"is none of {', '.join(options)}")

@@ -688,10 +688,9 @@ class GreenMIM(nn.Module):
             raise ValueError(f"images are {tuple(images.shape)}, not {self.config.input_size} px")
         if not isinstance(mask, MaskPlan):
             mask = plan_mask(self.config, torch.as_tensor(mask).cpu().numpy().reshape(-1))
-            mask = to_device(mask, images.device)
         if len(mask.hidden) == 0:
             raise ValueError("the mask hides nothing, so there is nothing to reconstruct")
-        return mask
+        return to_device(mask, images.device)
 
     def decode(self, latent: Tensor, plan: MaskPlan) -> Tensor:
         """(B, V, C) -> (B, U, D): latents and mask tokens in their places, through the blocks."""
@@ -834,7 +833,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             own, state = ({k: v for k, v in x.items() if not k.endswith(computed)}
                           for x in (own, state))
         else:
-            raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
+            raise ValueError("it has no decoder (mask_token): give pretrain's checkpoint-*.pth")
         if release == "2022" and not file["args"]:
             state, notes = swap_merging(state), ["merging weights of the first release reordered"]
         tables = [k for k in own if k.endswith("bias_table") and k in state and state[k].ndim == 2]
@@ -1092,7 +1091,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
                    for r in (file["args"], args))
     if wrong := differences(here, there, "the file has"):
-        raise ValueError(f"cannot resume with {wrong}")
+        raise ValueError(f"cannot resume with {wrong}; --resume none starts afresh")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:
         raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
     records, sums = file["log"]["records"], file["log"]["epoch"].values()
@@ -1200,7 +1199,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
                 saved = time.monotonic()
         if stopping and step < total:
-            process.say(f"stopped after step {step}; the same command continues: {good}")
+            process.say(f"stopped after step {step}; --resume auto (the default) continues: {good}")
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(0)
     return log["records"][-1]
 
@@ -1649,7 +1648,7 @@ def fit(hint: object, value: object) -> object:
             raise ValueError(f"does not lie between {low} and {high}")
         return number
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()
         return tuple(fit(options[0], item) for item in items)
     if origin is Literal and value not in options:
         raise ValueError(f"is none of {', '.join(options)}")

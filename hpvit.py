@@ -769,13 +769,13 @@ class MAE(nn.Module):
         if images.shape[-2:] != (self.config.input_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape)}, not {self.config.input_size} px")
         if not isinstance(mask, ShufflePlan):
-            mask = to_device(plan_hidden(torch.as_tensor(mask).cpu().numpy()), images.device)
+            mask = plan_hidden(torch.as_tensor(mask).cpu().numpy())
         if mask.restore.shape != (len(images), self.config.units**2):
             raise ValueError(f"masks are {tuple(mask.restore.shape)}, not of {len(images)} images "
                              f"and {self.config.units**2} patches")
         if mask.hidden.shape[1] == 0:
             raise ValueError("the mask hides nothing, so there is nothing to reconstruct")
-        return mask
+        return to_device(mask, images.device)
 
     def run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
@@ -911,7 +911,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             if there != own["pos_embed"].shape[1]:
                 notes.append(f"positions from {there} to {own['pos_embed'].shape[1]}")
         elif "decoder_pred.weight" not in state:
-            raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
+            raise ValueError("it has no decoder (mask_token): give pretrain's checkpoint-*.pth")
         elif state["pos_embed"].shape != own["pos_embed"].shape:
             new = ["pos_embed", "decoder_pos_embed"]  # fixed tables, worked out for this size
             state = {k: v for k, v in state.items() if k not in new}
@@ -1142,7 +1142,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
                    for r in (file["args"], args))
     if wrong := differences(here, there, "the file has"):
-        raise ValueError(f"cannot resume with {wrong}")
+        raise ValueError(f"cannot resume with {wrong}; --resume none starts afresh")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:
         raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
     records, sums = file["log"]["records"], file["log"]["epoch"].values()
@@ -1250,7 +1250,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
                 saved = time.monotonic()
         if stopping and step < total:
-            process.say(f"stopped after step {step}; the same command continues: {good}")
+            process.say(f"stopped after step {step}; --resume auto (the default) continues: {good}")
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(0)
     return log["records"][-1]
 
@@ -1729,7 +1729,7 @@ def fit(hint: object, value: object) -> object:
             raise ValueError(f"does not lie between {low} and {high}")
         return number
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()
         return tuple(fit(options[0], item) for item in items)
     if origin is Literal and value not in options:
         raise ValueError(f"is none of {', '.join(options)}")

@@ -30,7 +30,8 @@ R is the learned relative position bias; M is 0 between tokens of one image, els
 large and never shifted, so all blocks of a stage attend alike, and the tokens of a stage are kept
 in the order that attention wants, window after window; only merging moves them. A token's place in
 that order is its slot. A stage of one window needs no M: the tokens of image i come first, those
-of its partner after them, and each part attends by itself. Windows that attend alike are a `Span`:
+of its partner after them, and each part attends by itself. All else but attention and merging
+acts on single tokens, so that the two images never meet. Windows that attend alike are a `Span`:
     start, windows K       its first slot, and the number of its windows, of S slots each
     index (S, S)           for each pair of a window's slots, query and key, its row of R's table
     apart (K, 1, S, S)     where M is -inf; None if it is 0 everywhere
@@ -61,7 +62,7 @@ h heads, d head width, P values of a unit; H, W pixels, (h, w) tokens of a map.
 Comments say where a value is from: (paper), (released ...), (MAE), (ours) = chosen here.
 
 Usage:
-    python mixmae.py demo                                            about a minute, two CPU cores
+    python mixmae.py demo                                  a minute and a half, two CPU cores
     torchrun --nproc_per_node 8 mixmae.py --accum_iter 2 --data_path /imagenet     batch 2048
     torchrun --nproc_per_node 8 mixmae.py finetune --data_path /imagenet \
         --weights output/mixmae/pretrain/backbone.pth
@@ -123,7 +124,7 @@ UNDECAYED = (".bias",)  # ends of names without weight decay, beside vectors
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture only; stored in every checkpoint."""
+    """Architecture only, checked by `model_config`; stored in every checkpoint."""
     input_size: Annotated[int, (1, 4096)] = 224
     patch_size: Annotated[int, (1, 64)] = 4
     embed_dim: Annotated[int, (1, 4096)] = 128
@@ -244,7 +245,7 @@ class PretrainConfig(RunConfig, MethodConfig):
     weight_decay: Amount = 0.05  # AdamW (released script)
     clip_grad: Amount | None = None  # largest gradient norm; none = any (released default)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.2  # smallest crop, share of the image (released)
-    mask_ratio: Share = 0.5  # share of hidden units (paper)
+    mask_ratio: Share = 0.5  # share of hidden units, which its partner's mixture shows (paper)
     mask_ratio_range: Share = 0.0  # each step adds up to this to the ratio (released default)
     norm_pix_loss: bool | None = None  # normalise each target unit; none = yes (released script)
     mix_embed: bool | None = None  # learned vectors tell the two images apart; none = no (paper)
@@ -376,9 +377,9 @@ class MixPlan:
     pixels: Tensor  # (H, W) bool, the same for pixels
     patches: Tensor  # (N,) the patch that stands in each slot of stage 0
     spans: list[list[Span]]  # for each stage: its slots, from first to last
-    merges: list[Tensor]  # for each stage but the last, (N,): its slots, 2x2 block by 2x2 block
+    merges: list[Tensor]  # for each stage but the last: slots, every four make one of the next
     places: list[Tensor]  # for each stage, (h * w,): the slot of each token in raster order
-    sources: list[Tensor]  # for each stage, (N,): 1 = from the partner, if there are mix embeddings
+    sources: list[Tensor]  # for each stage, by slot: 1 = of image B-1-i; only with mix embeddings
 
 
 def plan_mix(config: ModelConfig, mask: np.ndarray) -> MixPlan:
@@ -749,8 +750,9 @@ class MixMAE(MixEncoder):
             raise ValueError(f"images are {tuple(images.shape)}, not {self.config.input_size} px")
         if not isinstance(mask, MixPlan):
             mask = plan_mix(self.config, torch.as_tensor(mask).cpu().numpy().reshape(-1))
-            mask = to_device(mask, images.device)
-        return mask
+        if mask.pixels.shape != images.shape[-2:]:
+            raise ValueError(f"the plan is for images of {tuple(mask.pixels.shape)}")
+        return to_device(mask, images.device)
 
     def decode(self, latent: Tensor, hidden: Tensor) -> Tensor:
         """(B, U, C), bool (U, 1) -> (2B, U, D): first all a_i, then all b_i, through the blocks."""
@@ -900,7 +902,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             decoder = ("decoder_", "mask_token", "mix_embed.")
             state = {k: v for k, v in state.items() if not k.startswith(decoder)}
         elif "decoder_pred.weight" not in state:
-            raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
+            raise ValueError("it has no decoder (mask_token): give pretrain's checkpoint-*.pth")
         elif ("mix_embed.0" in state) != ("mix_embed.0" in own):
             raise ValueError("--mix_embed has to be as in the file, --no-mix_embed without it")
         tables = [k for k in own if k.endswith(("bias_table", "pos_embed")) and k in state
@@ -1148,7 +1150,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
                    for r in (file["args"], args))
     if wrong := differences(here, there, "the file has"):
-        raise ValueError(f"cannot resume with {wrong}")
+        raise ValueError(f"cannot resume with {wrong}; --resume none starts afresh")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:
         raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
     records, sums = file["log"]["records"], file["log"]["epoch"].values()
@@ -1256,7 +1258,7 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
                 saved = time.monotonic()
         if stopping and step < total:
-            process.say(f"stopped after step {step}; the same command continues: {good}")
+            process.say(f"stopped after step {step}; --resume auto (the default) continues: {good}")
             raise KeyboardInterrupt if signal.SIGINT in caught else SystemExit(0)
     return log["records"][-1]
 
@@ -1586,13 +1588,13 @@ def draw_reconstructions(model: MixMAE, pixels: Tensor,
     loss, prediction = model(images, plan)
     if model.config.norm_pix_loss:
         _, mean, deviation = normalize_patches(patches)
-        prediction, label = prediction * deviation + mean, "with true mean and contrast"
+        prediction, label = prediction * deviation + mean, "reconstruction, true contrast"
     first = torch.where(plan.hidden, prediction, patches)
     partner = torch.where(plan.hidden, patches, prediction).flip(0)
     columns = torch.stack([patches, patchify(mix(images, plan.pixels), size), first, partner])
     layout = "k b (h w) (p q c) -> k b c (h p) (w q)"
     columns = rearrange(columns, layout, h=model.config.units, p=size, q=size)
-    labels = ("image", "mixed", f"image {label}", "partner")
+    labels = ("image", "mixed", label, "of the partner")
     return data.draw_columns(columns, labels), loss.item()
 
 
@@ -1717,7 +1719,7 @@ def fit(hint: object, value: object) -> object:
             raise ValueError(f"does not lie between {low} and {high}")
         return number
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()
         return tuple(fit(options[0], item) for item in items)
     if origin is Literal and value not in options:
         raise ValueError(f"is none of {', '.join(options)}")

@@ -64,6 +64,10 @@ def blaming(path: str | Path) -> Generator[None, None, None]:
         raise InputError(f"{path}: refused, {error}") from None
     except Exception as error:  # truncated, foreign and hostile files raise almost anything
         reason = f"{str(error).strip().partition(chr(10))[0][:300]} ({type(error).__name__})"
+        if reason.startswith("Weights only load failed"):  # and how to load it unsafely
+            reason = "it is no PyTorch file of tensors and plain values"
+        if isinstance(error, KeyError):
+            reason = f"what it holds is not as expected, {error}"
         if isinstance(error, ImportError):
             reason = f"pip install {error.name.partition('.')[0]} for such files"
         if found := re.search(r"GLOBAL (\S+)", str(error)):
@@ -652,6 +656,7 @@ class TrainLoader:
         if not self._steps:
             advice = "not even --batch_size 1 fits, lower --accum_iter or start fewer processes"
             if fits:
+                fits -= fits % 2 if fits > 1 else 0  # mixup pairs images
                 advice = f"--batch_size {fits} or less fits, and --recipe small is for few images"
             raise InputError(
                 f"{length} images do not fill one global batch of {self.batch_size * shares} "

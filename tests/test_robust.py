@@ -145,7 +145,7 @@ def test_first_signal_saves_and_exits(
     (os.killpg if group else os.kill)(reached(running, output).pid, number)
     assert running.wait(60) == code, running.err
     assert running.all_gone()
-    assert "Traceback" not in running.err and "the same command continues" in running.out
+    assert "Traceback" not in running.err and "(the default) continues" in running.out
     assert running.err.splitlines() == (["error: interrupted"] if code else [])
     step = int(re.search(r"stopped after step (\d+)", running.out)[1])
     assert 5 <= last(output)["step"] == step < 48
