@@ -67,7 +67,7 @@ class Workload:
     slowness: int = 1  # the number of steps is divided by this
     batch_size: int = 0  # instead of --batch_size
     forward: Callable[[], object] | None = None  # to count multiply-adds of, without storage
-    executed: bool = False  # count those of both passes; else those of the forward pass, times three
+    executed: bool = False  # count those of both passes, else the forward pass's times three
     baseline: int = 0  # the row of this dtype that ratios are to
 
 
@@ -400,8 +400,8 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
     table(named, header, rows)
     print(f"\nPlain matrix products between the steps: {', '.join(rates)}. Share of that rate: by "
           "the multiply-adds\n"
-          f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the {first} of the "
-          "dtype.")  # fmt: skip
+          f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the {first} "
+          "of the dtype.")  # fmt: skip
 
 
 # ── dense windows ─────────────────────────────────────────────────────────────────────
