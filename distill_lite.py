@@ -555,17 +555,6 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     return logits if bias is None else logits + bias
 
 
-def attend_tapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-                  tapped: bool) -> tuple[Tensor, Tensor | None]:
-    """softmax(A + R) v, all (B, h, N, d), and A + R itself if it is `tapped`."""
-    if tapped:
-        logits = scores(q, k, bias)
-        return torch.matmul(logits.softmax(-1, dtype=torch.float32).to(v.dtype), v), logits
-    if bias is None:
-        return F.scaled_dot_product_attention(q, k, v), None
-    return attend(q, k, v, bias), None
-
-
 @lru_cache(16)
 def relative_index(height: int, width: int, device: torch.device) -> Tensor:
     """(N, N) row of the table for each pair of query and key: a class token, then an (h, w) map.
@@ -599,61 +588,32 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Attention(nn.Module):
-    """Full self-attention of the decoder."""
+class LiteAttention(nn.Module):
+    """Eq. (2) without its norm and residual: over all tokens, or inside units of `cells` of them.
+    `pooled` = queries are the largest of each four; `rows` of a table of R; cut off, `whole` =
+    False, it is of use for its logits only."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, out: int, num_heads: int, cells: int = 0, pooled: bool = False,
+                 qkv_bias: str = "qkv", rows: int = 0, whole: bool = True) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layout = "b n (three h d) -> three b h n d"
-        q, k, v = rearrange(self.qkv(x), layout, three=3, h=self.num_heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block around any attention; `plan` goes to the attention."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, eps: float,
-                 drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = drop_path
-
-    def forward(self, x: Tensor, *plan: object) -> Tensor:
-        dropped = self.drop_path if self.training else 0.0
-        x = x + drop_path(self.attn(self.norm1(x), *plan), dropped)  # Eq. (2)
-        return x + drop_path(self.mlp(self.norm2(x)), dropped)  # Eq. (3)
-
-
-class ViTAttention(nn.Module):
-    """Eq. (2) without its norm and residual; cut off, `whole` = False, nothing but q, k and v."""
-
-    def __init__(self, config: ModelConfig, whole: bool = True) -> None:
-        super().__init__()
-        dim, self.num_heads = config.embed_dim, config.num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias == "qkv")
-        self.proj = nn.Linear(dim, dim) if whole else None
-        apart = config.qkv_bias == "qv"
+        self.num_heads, self.cells, self.pooled = num_heads, cells, pooled
+        self.qkv = nn.Linear(dim, 3 * out, bias=qkv_bias == "qkv")
         self.q_bias, self.v_bias = (
-            nn.Parameter(torch.zeros(dim)) if apart else None for _ in range(2))
-        table = config.rpe in ("block", "both")
-        self.relative_position_bias_table = bias_table(config) if table else None
+            nn.Parameter(torch.zeros(out)) if qkv_bias == "qv" else None for _ in range(2))
+        self.relative_position_bias_table = (
+            nn.Parameter(torch.zeros(rows, num_heads)) if rows else None)
+        self.proj = nn.Linear(out, out) if whole else None
 
-    def heads(self, x: Tensor, parts: int) -> Tensor:
-        """(B, N, C) -> (parts, B, h, N, d): queries, keys and, if three, values."""
-        size, bias = parts * x.shape[-1], self.qkv.bias
+    def heads(self, x: Tensor, parts: int = 3) -> list[Tensor]:
+        """(B, N, C) -> queries, keys and, if `parts` are three, values: (B or B * U, h, n, d)."""
+        weight, bias = self.qkv.weight, self.qkv.bias
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        x = F.linear(x, self.qkv.weight[:size], bias[:size])
-        return rearrange(x, "b n (p h d) -> p b h n d", p=parts, h=self.num_heads)
+        if parts < 3:
+            weight, bias = (p[:parts * len(p) // 3] for p in (weight, bias))
+        layout, n = "b (u n) (p h d) -> p (b u) h n d", self.cells or x.shape[1]
+        q, *others = rearrange(F.linear(x, weight, bias), layout, p=parts, h=self.num_heads, n=n)
+        return [q.unflatten(2, (-1, 4)).amax(3) if self.pooled else q, *others]
 
     def bias(self, shape: Sequence[int] | None, shared: Tensor | None) -> Tensor | None:
         """R (1, h, N, N) of this block's table and the shared one, if there are any."""
@@ -663,93 +623,50 @@ class ViTAttention(nn.Module):
 
     def logits(self, x: Tensor, shape: Sequence[int] | None = None,
                shared: Tensor | None = None) -> Tensor:
-        """(B, N, C) -> A + R (B, h, N, N); the values are not computed."""
+        """(B, N, C) -> A + R (B or B * U, h, n, n); the values are not computed."""
         return scores(*self.heads(x, 2), self.bias(shape, shared))
 
-    def forward(self, x: Tensor, tapped: bool, shape: Sequence[int] | None = None,
+    def forward(self, x: Tensor, tapped: bool = False, shape: Sequence[int] | None = None,
                 shared: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C) -> (B, N, C), and A + R (B, h, N, N) if it is `tapped`."""
-        x, logits = attend_tapped(*self.heads(x, 3), self.bias(shape, shared), tapped)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)")), logits
-
-
-def bias_table(config: ModelConfig) -> nn.Parameter:
-    """A table of R for the model's map, all zero."""
-    rows = (2 * config.units - 1) ** 2 + 3
-    return nn.Parameter(torch.zeros(rows, config.num_heads))
-
-
-class ViTBlock(nn.Module):
-    """Eq. (2) and (3), with a learned factor for each branch if the config says so."""
-
-    def __init__(self, config: ModelConfig, drop_path: float = 0.0, whole: bool = True) -> None:
-        super().__init__()
-        dim, self.drop_path = config.embed_dim, drop_path
-        self.norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
-        self.attn = ViTAttention(config, whole)
-        self.norm2 = nn.LayerNorm(dim, LAYER_NORM_EPS) if whole else None
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio)) if whole else None
-        self.gamma_1, self.gamma_2 = (
-            nn.Parameter(torch.full((dim,), config.layer_scale)) if config.layer_scale else None
-            for _ in range(2))
-
-    def forward(self, x: Tensor, tapped: bool, *plan: object) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C) -> (B, N, C), and the logits of its attention if they are `tapped`."""
-        dropped = self.drop_path if self.training else 0.0
-        y, logits = self.attn(self.norm1(x), tapped, *plan)
-        x = x + drop_path(y if self.gamma_1 is None else self.gamma_1 * y, dropped)  # Eq. (2)
-        y = self.mlp(self.norm2(x))
-        return x + drop_path(y if self.gamma_2 is None else self.gamma_2 * y, dropped), logits
-
-
-class HieraAttention(nn.Module):
-    """Attention inside units of `cells` tokens, or over all if it is 0; `pooled` = queries are the
-    largest of each four."""
-
-    def __init__(self, dim: int, out: int, num_heads: int, cells: int, pooled: bool) -> None:
-        super().__init__()
-        self.num_heads, self.cells, self.pooled = num_heads, cells, pooled
-        self.qkv = nn.Linear(dim, 3 * out)
-        self.proj = nn.Linear(out, out)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) -> q, k, v, each (B or B * U, h, n, d)"""
-        layout, n = "b (u n) (three h d) -> three (b u) h n d", self.cells or x.shape[1]
-        q, k, v = rearrange(self.qkv(x), layout, three=3, h=self.num_heads, n=n)
-        return (q.unflatten(2, (-1, 4)).amax(3) if self.pooled else q), k, v
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> A (B or B * U, h, n, n)"""
-        return scores(*self.heads(x)[:2])
-
-    def forward(self, x: Tensor, tapped: bool) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C) -> (B, N or N / 4, out), and A if it is `tapped`."""
-        y, logits = attend_tapped(*self.heads(x), None, tapped)
+        """(B, N, C) -> (B, N or N / 4, out), and A + R (B or B * U, h, n, n) if it is `tapped`."""
+        (q, k, v), bias, logits = self.heads(x), self.bias(shape, shared), None
+        if tapped:
+            logits = scores(q, k, bias)
+            y = torch.matmul(logits.softmax(-1, dtype=torch.float32).to(v.dtype), v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v) if bias is None else attend(q, k, v, bias)
         return self.proj(rearrange(y, "(b u) h n d -> b (u n) (h d)", b=len(x))), logits
 
 
-class HieraBlock(nn.Module):
-    """A block of Hiera; the first of a stage has another width, and its residual is normed."""
+class LiteBlock(nn.Module):
+    """Eq. (2) and (3), of a ViT with a learned factor for each branch if `layer_scale` is not 0.
+    Where a stage of Hiera begins, the residual is normed, widened and pooled as the queries are."""
 
-    def __init__(self, dim: int, out: int, attn: HieraAttention, mlp_ratio: float,
-                 drop_path: float) -> None:
+    def __init__(self, dim: int, attn: LiteAttention, mlp_ratio: float, drop_path: float = 0.0,
+                 layer_scale: float = 0.0) -> None:
         super().__init__()
+        out, whole = attn.qkv.out_features // 3, attn.proj is not None
         self.norm1 = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(out, LAYER_NORM_EPS)
-        self.mlp = Mlp(out, int(out * mlp_ratio))
+        self.norm2 = nn.LayerNorm(out, LAYER_NORM_EPS) if whole else None
+        self.mlp = Mlp(out, int(out * mlp_ratio)) if whole else None
         self.proj = nn.Linear(dim, out) if dim != out else None
+        self.gamma_1, self.gamma_2 = (
+            nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+            for _ in range(2))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, tapped: bool) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C) -> (B, N or N / 4, out), and A if it is `tapped`."""
+    def forward(self, x: Tensor, tapped: bool = False,
+                *plan: object) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C) -> (B, N or N / 4, out), and the logits of its attention if `tapped`."""
         dropped, normed = self.drop_path if self.training else 0.0, self.norm1(x)
+        y, logits = self.attn(normed, tapped, *plan)
         if self.proj is not None:
             x = self.proj(normed)
             x = x.unflatten(1, (-1, 4)).amax(2) if self.attn.pooled else x
-        y, logits = self.attn(normed, tapped)
-        x = x + drop_path(y, dropped)
-        return x + drop_path(self.mlp(self.norm2(x)), dropped), logits
+        x = x + drop_path(y if self.gamma_1 is None else self.gamma_1 * y, dropped)  # Eq. (2)
+        y = self.mlp(self.norm2(x))
+        return x + drop_path(y if self.gamma_2 is None else self.gamma_2 * y, dropped), logits
 
 
 class PixelEmbed(nn.Module):
@@ -809,12 +726,17 @@ class LiteViT(nn.Module):
             table = nn.Parameter(torch.zeros(1, 1 + config.units**2, dim))
             self.pos_embed = table if config.abs_pos else None
         rates = np.linspace(0, drop_path, sum(config.depths)).tolist()
-        self.blocks = nn.ModuleList(ViTBlock(config, rate) for rate in rates)
-        if config.distill == "decoupled":
-            self.blocks.append(ViTBlock(config, whole=False))
-        shared = config.rpe in ("shared", "both")
-        self.rel_pos_bias = nn.ParameterDict(
-            {"relative_position_bias_table": bias_table(config)} if shared else {})
+        rates += [0.0] * (config.distill == "decoupled")  # for the block that is cut off
+        rows, self.blocks = (2 * config.units - 1) ** 2 + 3, nn.ModuleList()  # of tables of R
+        for i, rate in enumerate(rates):
+            attn = LiteAttention(
+                dim, dim, config.num_heads, qkv_bias=config.qkv_bias,
+                rows=rows * (config.rpe in ("block", "both")), whole=i < sum(config.depths))
+            self.blocks.append(LiteBlock(dim, attn, config.mlp_ratio, rate, config.layer_scale))
+        self.rel_pos_bias = nn.ParameterDict()
+        if config.rpe in ("shared", "both"):
+            table = nn.Parameter(torch.zeros(rows, config.num_heads))
+            self.rel_pos_bias["relative_position_bias_table"] = table
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.norm, self.fc_norm = (nn.Identity(), norm)[:: 1 if config.global_pool else -1]
         draw_linear(self, partial(nn.init.trunc_normal_, std=0.02))
@@ -880,9 +802,9 @@ class LiteHiera(nn.Module):
                 local = stage - (j == 0) < 2
                 pooled = j == 0 and 0 < stage <= pools
                 out, heads = self.channels[stage], config.num_heads * 2**stage
-                attn = HieraAttention(dim, out, heads, cells if local else 0, pooled)
+                attn = LiteAttention(dim, out, heads, cells if local else 0, pooled)
                 rate = rates[len(self.blocks)]
-                self.blocks.append(HieraBlock(dim, out, attn, config.mlp_ratio, rate))
+                self.blocks.append(LiteBlock(dim, attn, config.mlp_ratio, rate))
                 cells, dim = cells // 4 if pooled else cells, out
         self.norm = nn.LayerNorm(dim, LAYER_NORM_EPS) if config.global_pool else nn.Identity()
         self.fc_norm = nn.Identity()
@@ -989,7 +911,7 @@ class MaskedDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.decoder_embed = nn.Linear(width, dim)
         self.decoder_blocks = nn.ModuleList(
-            Block(dim, Attention(dim, config.decoder_num_heads), config.mlp_ratio, LAYER_NORM_EPS)
+            LiteBlock(dim, LiteAttention(dim, dim, config.decoder_num_heads), config.mlp_ratio)
             for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(dim, config.patch_size**2 * 3)
@@ -1023,7 +945,7 @@ class MaskedDecoder(nn.Module):
         x = self.decode_tokens(latent, plan)
         for block in self.decoder_blocks:
             again = self.grad_checkpoint and self.training
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x, _ = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return x
 
     def of_hidden(self, x: Tensor, plan: ShufflePlan) -> Tensor:
