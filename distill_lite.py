@@ -2204,16 +2204,12 @@ def hsic(k: Tensor, other: Tensor) -> Tensor:
     return (same + both - 2 / (n - 2) * ours @ theirs.T) / (n * (n - 3))
 
 
-def similarities(states: Sequence[Tensor]) -> Tensor:
-    """Hidden states of layers, each (n, N, C), -> (layers, n, n) inner products, zero diagonals."""
-    flat = [x.flatten(1).double() for x in states]
-    return torch.stack([x @ x.T for x in flat]) * (1 - torch.eye(len(flat[0]), dtype=flat[0].dtype))
-
-
 def hsic_triple(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """Hidden states of two models -> (i, j, 3): of one with itself, of both, the other with itself.
-    Over batches, these are averaged."""
-    k, other = similarities(ours), similarities(theirs)
+    """Hidden states (n, N, C) of the layers of two models -> (i, j, 3): `hsic` of one with itself,
+    of both, of the other with itself. Over batches, these are averaged."""
+    flat = [[x.flatten(1).double() for x in states] for states in (ours, theirs)]
+    off = 1 - torch.eye(len(ours[0]), dtype=torch.float64)
+    k, other = (torch.stack([x @ x.T * off for x in states]) for states in flat)
     own, across, there = hsic(k, k).diag(), hsic(k, other), hsic(other, other).diag()
     return torch.stack([own[:, None].expand_as(across), across, there.expand_as(across)], dim=-1)
 
@@ -2251,139 +2247,88 @@ def token_distances(model: nn.Module, height: int, width: int) -> list[Tensor]:
 
 @torch.no_grad()
 def examine(model: nn.Module, images: Tensor, process: Process,
-            part: int = 16) -> tuple[list[Tensor], list[Tensor]]:
+            part: int = 16) -> tuple[list[Tensor], Tensor]:
     """Normalised images (B, 3, H, W) -> hidden states (B, N, C) of layers 0 to the last, without
-    class token, and of each block `attention_statistics`, summed over images."""
+    class token, and `attention_statistics` (2, blocks, h), not a number where a block of Hiera has
+    fewer heads than the last."""
     depth, lead = len(model.blocks), int(model.config.kind == "vit")
-    distances, states, sums = token_distances(model, *images.shape[-2:]), [], []
+    distances, states, sums = token_distances(model, *images.shape[-2:]), [], 0.0
     for some in images.split(part):  # attention of many images at once takes gigabytes
         with process.autocast():
             _, logits, found = model.look(
                 some.to(process.device), (), range(1, depth + 1), range(depth + 1))
         states.append([x[:, lead:].float().cpu() for x in found.values()])
-        sums.append([len(some) * attention_statistics(
-            x[..., lead:, lead:], d.to(x.device)).cpu()
-            for x, d in zip(logits.values(), distances, strict=True)])
-    return ([torch.cat(parts) for parts in zip(*states, strict=True)],
-            [torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)])
-
-
-class Picked(data.ImageFiles):
-    """Some images of a source, in any order: its own may be that of the classes."""
-
-    def __init__(self, source: data.ImageFiles, count: int, seed: int) -> None:
-        self.source, self.labels, self.classes = source, None, []
-        self.chosen = data.permutation(seed, 0, len(source))[:count]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.chosen[index])
-
-    def open(self, index: int) -> Image.Image:
-        return self.source.open(self.chosen[index])
+        heads = [attention_statistics(x[..., lead:, lead:], d.to(x.device)).cpu()
+                 for x, d in zip(logits.values(), distances, strict=True)]
+        most = heads[-1].shape[1]
+        padded = [F.pad(x, (0, most - x.shape[1]), value=math.nan) for x in heads]
+        sums += len(some) / len(images) * torch.stack(padded, dim=1)
+    return [torch.cat(parts) for parts in zip(*states, strict=True)], sums
 
 
 def analyse(cfg: AnalyseConfig) -> dict:
     """Similarity (CKA) of all layers of a network, or of two, and entropy and distance of attention
     by layer and head, as .npz and as a picture."""
-    output, names, models, loaders = Path(cfg.output or "analysis.npz"), [], [], []
+    output, source = Path(cfg.output or "analysis.npz"), data.open_source(cfg.data_path)
     if output.suffix != ".npz":
         raise InputError(f"--output {output}: numbers are written as .npz, the picture beside them")
-    source = Picked(data.open_source(cfg.data_path), cfg.images, cfg.seed)
-    for weights in (cfg.weights, cfg.other) if cfg.other else (cfg.weights,):
+    batch = min(cfg.batch_size, cfg.images, len(source))
+    if batch < 4:
+        raise InputError(f"{batch} images: CKA compares pairs of pairs, of four images at least")
+    models, loaders, triples, heads = [], [], [], []
+    names = [cfg.weights, cfg.other] if cfg.other else [cfg.weights]
+    for weights in names:
         process, model, _, crop = open_model(replace(cfg, weights=weights), head=False)
-        names.append(Path(weights).stem)
-        models.append(model)
-        loaders.append(data.eval_batches(
-            source, crop, batch_size=cfg.batch_size, num_workers=cfg.num_workers))
-    triples, sums, seen = [], [], 0
-    for batches in tqdm(zip(*loaders, strict=True), disable=not sys.stderr.isatty()):
+        models.append(model)  # its loader shuffles, as a source may be in the order of its classes
+        loaders.append(data.TrainLoader(
+            source, crop, batch_size=batch, seed=cfg.seed, num_workers=cfg.num_workers))
+    total = min(cfg.images, len(source)) // batch
+    batches = [loader.batches(0, total) for loader in loaders]
+    for same in tqdm(zip(*batches, strict=True), total=total, disable=not sys.stderr.isatty()):
         found = [examine(model, data.normalize(images), process)
-                 for model, (images, *_) in zip(models, batches, strict=True)]
-        seen += (number := len(batches[0][0]))
-        sums.append([heads for _, heads in found])
-        if number >= 4:  # fewer say nothing of pairs of pairs
-            triples.append(hsic_triple(found[0][0], found[-1][0]))
-    if not triples:
-        raise InputError(f"{cfg.data_path}: CKA compares pairs of pairs, of four images at least")
+                 for model, (images, _) in zip(models, same, strict=True)]
+        triples.append(hsic_triple(found[0][0], found[-1][0]))
+        heads.append([statistics for _, statistics in found])
     arrays = {"cka": minibatch_cka(torch.stack(triples).mean(0)).numpy()}
-    for name, parts in zip(("", "other_"), zip(*sums, strict=True), strict=False):
-        blocks = [torch.stack(x).sum(0) / seen for x in zip(*parts, strict=True)]  # (2, h) each
-        most = max(x.shape[1] for x in blocks)  # Hiera has more heads in later stages
-        both = torch.stack([F.pad(x, (0, most - x.shape[1]), value=math.nan) for x in blocks], 1)
-        arrays |= {f"{name}entropy": both[0].numpy(), f"{name}distance": both[1].numpy()}
+    for prefix, parts in zip(("", "other_"), zip(*heads, strict=True), strict=False):
+        entropy, distance = torch.stack(parts).mean(0).numpy()
+        arrays |= {f"{prefix}entropy": entropy, f"{prefix}distance": distance}
     if process.rank == 0:
         data.save_file(output, lambda file: np.savez(file, **arrays))
-        data.save_picture(draw_analysis(arrays, names, seen), output.with_suffix(".png"))
-    process.say(f"wrote {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} of {seen} images "
-                f"to {output}, picture {output.with_suffix('.png')}")
-    return {"output": str(output), "images": seen} | {k: list(v.shape) for k, v in arrays.items()}
+        data.save_picture(draw_analysis(arrays, names), output.with_suffix(".png"))
+    shapes = ", ".join(f"{k} {v.shape}" for k, v in arrays.items())
+    process.say(f"wrote {shapes} of {total * batch} images to {output}, picture "
+                f"{output.with_suffix('.png')}")
+    return {"output": str(output), "images": total * batch} | {
+        k: list(v.shape) for k, v in arrays.items()}
 
 
-def draw_analysis(arrays: dict[str, np.ndarray], names: list[str], images: int) -> Image.Image:
-    """A labelled heat map of CKA and, for each network, charts of distance and entropy."""
-    rows, columns = arrays["cka"].shape
-    cell, top = 34, 60
-    left, charts = 70 + columns * cell + 110, [n for n in arrays if n != "cka"]
-    height = max(top + rows * cell + 60, top + (len(charts) + 1) // 2 * 250)
-    picture = Image.new("RGB", (left + 2 * 330, height), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((10, 8), f"Similarity of layers (CKA, {images} images): 1 = same but for rotation "
-              "and scale", fill="black")
-    draw.text((10, 24), f"down: layers of {names[0]}; across: of {names[-1]}; 0 = embedding, "
-              f"{rows - 1} and {columns - 1} = last norm", fill="black")
-    for (i, j), value in np.ndenumerate(arrays["cka"]):
-        x, y = 40 + j * cell, top + i * cell
-        draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=shade(value))
-        draw.text((x + 5, y + 11), f"{value:.2f}", fill="black" if value > 0.45 else "white")
-    for i in range(rows):
-        draw.text((20, top + i * cell + 11), str(i), fill="black")
-    for j in range(columns):
-        draw.text((40 + j * cell + 12, top - 14), str(j), fill="black")
-    for i in range(101):  # the key of colours
-        x, y = 60 + columns * cell, top + round((100 - i) * rows * cell / 101)
-        draw.rectangle((x, y, x + 14, y + rows * cell // 101 + 1), fill=shade(i / 100))
-        if i % 25 == 0:
-            draw.text((x + 20, y - 6), f"{i / 100:.2f}", fill="black")
-    for k, name in enumerate(charts):
-        of = names[-1] if name.startswith("other_") else names[0]
+def draw_analysis(arrays: dict[str, np.ndarray], names: Sequence[str]) -> Image.Image:
+    """The arrays side by side, as tables of numbers on colours."""
+    cell, top, widths = 34, 64, [max(400, 60 + 34 * v.shape[1]) for v in arrays.values()]
+    height = top + cell * max(map(len, arrays.values())) + 10
+    picture = Image.new("RGB", (sum(widths), height), "white")
+    draw, anchors = ImageDraw.Draw(picture), [(48, 18, 84), (33, 144, 140), (253, 231, 37)]
+    for x0, (name, values) in zip(np.cumsum([10, *widths[:-1]]), arrays.items(), strict=True):
         what = "entropy of attention, nats" if "entropy" in name else "distance of attention, px"
-        box = (left + k % 2 * 330, top + k // 2 * 250)
-        draw_chart(draw, box, arrays[name], f"{of}: {what}")
+        of, first = names[-1] if name.startswith("other_") else names[0], int(name != "cka")
+        title = f"{what}, mean over images\n{of}\ndown: blocks, across: heads"
+        if name == "cka":
+            title = (f"similarity of layers (CKA), 1 = same but for rotation and scale\ndown: "
+                     f"{names[0]}, across: {names[-1]}\n0 = embedding, last = behind the last norm")
+        draw.multiline_text((x0, 2), title, fill="black", spacing=1)
+        for (i, j), value in np.ndenumerate(values):
+            x, y, share = x0 + 20 + j * cell, top + i * cell, value / np.nanmax(values)
+            if i == 0:
+                draw.text((x + 12, top - 13), str(j + first), fill="black")
+            if j == 0:
+                draw.text((x0, y + 11), str(i + first), fill="black")
+            if np.isfinite(value):
+                colour = [int(np.interp(share, (0, 0.5, 1), c)) for c in zip(*anchors, strict=True)]
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=tuple(colour))
+                text = f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+                draw.text((x + 4, y + 11), text, fill="black" if share > 0.45 else "white")
     return picture
-
-
-def draw_chart(draw: ImageDraw.ImageDraw, corner: tuple[int, int], values: np.ndarray,
-               title: str) -> None:
-    """(layers, heads) values: a dot a head, a line through the means of layers."""
-    (x0, y0), (width, height), top = corner, (270, 170), float(np.nanmax(values)) or 1.0
-    place = [(x0 + (i + 0.5) * width / len(values), row) for i, row in enumerate(values)]
-    draw.text((x0, y0 - 14), title, fill="black")
-    draw.line((x0, y0, x0, y0 + height, x0 + width, y0 + height), fill="black")
-    for part in range(5):
-        y = y0 + height - part * height / 4
-        draw.line((x0 - 3, y, x0, y), fill="black")
-        draw.text((x0 - 38, y - 6), f"{part * top / 4:.3g}", fill="black")
-
-    def level(value: float) -> float:
-        return y0 + height - height * value / top
-
-    for i, (x, row) in enumerate(place):
-        for value in row[~np.isnan(row)]:
-            draw.ellipse((x - 2, level(value) - 2, x + 2, level(value) + 2), outline="steelblue")
-        if len(place) <= 14 or i % 2 == 0:
-            draw.text((x - 5, y0 + height + 4), str(i + 1), fill="black")
-    draw.line([(x, level(np.nanmean(row))) for x, row in place], fill="firebrick", width=2)
-    draw.text((x0, y0 + height + 18), "block; dots = heads, line = their mean", fill="black")
-
-
-def shade(value: float) -> tuple[int, int, int]:
-    """A colour for 0 to 1: dark blue, green, yellow."""
-    anchors = np.array([(48, 18, 84), (33, 144, 140), (253, 231, 37)])
-    channels = [np.interp(value, (0, 0.5, 1), channel) for channel in anchors.T]
-    return tuple(int(c) for c in channels)
 
 
 def demo(cfg: UseConfig) -> dict:
