@@ -183,6 +183,11 @@ class ModelConfig:
         """The last block, from 1, that has queries and keys."""
         return sum(self.depths) + (self.distill == "decoupled")
 
+    @property
+    def first_global(self) -> int:
+        """The first block, from 1, with attention over all of an image."""
+        return 1 if self.kind == "vit" else sum(self.depths[:2]) + 2
+
 
 MODELS = {  # kind, pixels, patch, width, depths, heads, MLP ratio; decoder: width, depth, heads
     "vit_tiny": ModelConfig(),
@@ -385,13 +390,17 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     return config
 
 
+def check_layers(flag: str, layers: Sequence[int], low: int, high: int) -> None:
+    """InputError unless the layers that a flag names are of `low` to `high`, each once."""
+    if len(set(layers)) < len(layers) or any(not low <= i <= high for i in layers):
+        raise InputError(f"--{flag} {','.join(map(str, layers))}: give each once, of {low} to "
+                         f"{high}")
+
+
 def check_distillation(config: ModelConfig, depth: int) -> None:
     """InputError unless what is to be distilled is there in a student of that many blocks."""
-    for name, low, high in (("attn_layers", 1, config.last), ("hidden_layers", 0, depth)):
-        asked = getattr(config, name)
-        if len(set(asked)) < len(asked) or any(not low <= i <= high for i in asked):
-            raise InputError(f"--{name} {','.join(map(str, asked))}: give each once, of {low} to "
-                             f"{high}")
+    check_layers("attn_layers", config.attn_layers, config.first_global, config.last)
+    check_layers("hidden_layers", config.hidden_layers, 0, depth)
     if config.distill == "none":
         if config.attn_layers or config.teacher_attn_layers or config.hidden_layers:
             raise InputError("--attn_layers, --teacher_attn_layers and --hidden_layers need "
@@ -399,10 +408,6 @@ def check_distillation(config: ModelConfig, depth: int) -> None:
     elif config.kind == "hiera" and (config.distill == "decoupled" or config.hidden_layers):
         raise InputError("--distill decoupled and --hidden_layers are for ViTs; of Hiera there is "
                          "--distill attention")
-    elif config.kind == "hiera" and min(config.attn_layers, default=config.last) < (
-            first := sum(config.depths[:2]) + 2):
-        raise InputError(f"--attn_layers {config.attn_layers}: attention of Hiera is over all of "
-                         f"an image from block {first} on")
     elif config.distill == "decoupled":
         if config.decode_depth > depth:
             raise InputError(f"--decode_depth {config.decode_depth}: there are {depth} blocks")
@@ -412,17 +417,21 @@ def check_distillation(config: ModelConfig, depth: int) -> None:
 
 
 def layer_pairs(config: ModelConfig, teacher: ModelConfig) -> list[tuple[int, int, str]]:
-    """(block of the student, of the teacher, released name of their adapter) of (7)."""
-    ours = config.attn_layers or (config.last,)
-    theirs = config.teacher_attn_layers or config.attn_layers or (sum(teacher.depths),)
-    if len(ours) != len(theirs) or any(not 1 <= i <= sum(teacher.depths) for i in theirs):
+    """(block of the student, of the teacher, released name of their adapter) of (7); InputError
+    unless the teacher can look at the student's visible patches and has what is asked of it."""
+    if teacher.kind != config.kind or teacher.patch_size != config.patch_size:
+        raise InputError(f"--teacher is a {teacher.kind} with patches of {teacher.patch_size} px, "
+                         f"the student a {config.kind} with {config.patch_size} px")
+    depth, ours = sum(teacher.depths), config.attn_layers or (config.last,)
+    theirs = config.teacher_attn_layers or config.attn_layers or (depth,)
+    check_layers("teacher_attn_layers", theirs, teacher.first_global, depth)
+    if len(ours) != len(theirs):
         raise InputError(f"--teacher_attn_layers {theirs}: give {len(ours)}, as many as "
-                         f"--attn_layers, of 1 to {sum(teacher.depths)}")
-    named = [f"adapter{(t if config.kind == 'vit' else s) - 1}"
-             for s, t in zip(ours, theirs, strict=True)]
-    if len(set(named)) < len(named):
-        raise InputError(f"--teacher_attn_layers {theirs}: give each once")
-    return list(zip(ours, theirs, named, strict=True))
+                         "--attn_layers")
+    if max(config.hidden_layers, default=0) > depth:
+        raise InputError(f"--hidden_layers: the teacher has {depth} blocks")
+    named = theirs if config.kind == "vit" else ours
+    return [(s, t, f"adapter{i - 1}") for s, t, i in zip(ours, theirs, named, strict=True)]
 
 
 def check_size(size: Pixels, unit: int) -> None:
@@ -1049,7 +1058,6 @@ class DistilledMAE(nn.Module):
         self.attn_adapter, self.hidden_adapter = nn.ModuleDict(), nn.ModuleDict()
         if teacher is None:
             return
-        check_teacher(config, teacher.config)
         self.pairs = layer_pairs(config, teacher.config)
         for ours, theirs, name in self.pairs:
             heads = [m.blocks[i - 1].attn.num_heads
@@ -1107,20 +1115,6 @@ def imitation(ours: Tensor, theirs: Tensor, adapters: nn.ModuleDict, name: str) 
     """Mean squared difference, in fp32, after the adapter of that name, if there is one."""
     ours = adapters[name](ours) if name in adapters else ours
     return F.mse_loss(ours.float(), theirs.float())
-
-
-def check_teacher(config: ModelConfig, teacher: ModelConfig) -> None:
-    """InputError unless a teacher can look at the student's visible patches."""
-    if teacher.kind != config.kind or teacher.patch_size != config.patch_size:
-        raise InputError(f"--teacher is a {teacher.kind} with patches of {teacher.patch_size} px, "
-                         f"the student a {config.kind} with {config.patch_size} px")
-    first = sum(teacher.depths[:2]) + 2
-    asked = [theirs for _, theirs, _ in layer_pairs(config, teacher)]
-    if config.kind == "hiera" and min(asked) < first:
-        raise InputError(f"--teacher_attn_layers {asked}: attention of Hiera is over all of an "
-                         f"image from block {first} on")
-    if max(config.hidden_layers, default=0) > sum(teacher.depths):
-        raise InputError(f"--hidden_layers: the teacher has {sum(teacher.depths)} blocks")
 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
@@ -1345,7 +1339,7 @@ def load_teacher(path: str, config: ModelConfig) -> tuple[nn.Module, str]:
     with data.blaming(path):
         name, theirs = identify(file)
         theirs = replace(theirs, input_size=config.input_size)
-        check_teacher(config, theirs)
+        layer_pairs(config, theirs)  # before anything is loaded
     teacher, said = load_weights(partial(teacher_model, theirs), path, file)
     return teacher.requires_grad_(False).eval(), f"teacher {name}: {said}"
 
@@ -1836,24 +1830,14 @@ class ViTClassifier(LiteViT):
         return (logits, second) if self.training else (logits + second) / 2
 
 
-class Projection(nn.Module):
-    """Hiera's head, with the names it has there."""
-
-    def __init__(self, dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.projection, self.out_features = nn.Linear(dim, num_classes), num_classes
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C) -> (B, classes)"""
-        return self.projection(x)
-
-
 class HieraClassifier(LiteHiera):
     """Hiera with a linear head on the normed mean of tokens; logits in evaluation, too."""
 
     def __init__(self, config: ModelConfig, num_classes: int, drop_path: float = 0.0) -> None:
         super().__init__(config, drop_path)
-        self.head = Projection(self.channels[-1], num_classes)
+        self.head = nn.Sequential()
+        self.head.projection = nn.Linear(self.channels[-1], num_classes)
+        self.head.out_features = num_classes
         draw_linear(self.head, partial(nn.init.trunc_normal_, std=2e-5), 2e-5)
 
     def forward(self, images: Tensor) -> Tensor:

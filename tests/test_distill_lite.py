@@ -814,7 +814,7 @@ WRONG = {
     "not the cut block": ({"distill": "decoupled", "attn_layers": (3,)}, "4, the block"),
     "layers of nothing": ({"attn_layers": (3,)}, "--distill"),
     "hiera decoupled": ({"kind": "hiera", "distill": "decoupled", "decode_depth": 1}, "ViTs"),
-    "hiera local": ({"kind": "hiera", "distill": "attention", "attn_layers": (3,)}, "block 4 on"),
+    "hiera local": ({"kind": "hiera", "distill": "attention", "attn_layers": (3,)}, "of 4 to 5"),
     "hiera rpe": ({"kind": "hiera", "rpe": "block"}, "--rpe"),
     "hiera two heads": ({"kind": "hiera", "two_heads": True}, "--class_teacher"),
     "heads": ({"num_heads": 3}, "--num_heads"),
@@ -833,7 +833,7 @@ def test_configs_that_do_not_fit(changes: dict, wanted: str) -> None:
 TEACHERS = {
     "kind": ({"distill": "attention"}, HIERA_TEACHER, "vit"),
     "patches": ({"distill": "attention"}, replace(TEACHER, patch_size=8), "8 px"),
-    "pairs": ({"distill": "attention", "teacher_attn_layers": (1, 2)}, TEACHER, "give 1"),
+    "pairs": ({"distill": "attention", "teacher_attn_layers": (1, 2)}, TEACHER, "give 1,"),
     "depth": ({"distill": "attention", "teacher_attn_layers": (5,)}, TEACHER, "1 to 4"),
     "twice": ({"distill": "attention", "attn_layers": (1, 2), "teacher_attn_layers": (3, 3)},
               TEACHER, "each once"),
@@ -847,6 +847,12 @@ def test_teachers_that_do_not_fit(changes: dict, there: ModelConfig, wanted: str
     config = distill_lite.model_config(TEST, **changes)
     with pytest.raises(InputError, match=re.escape(wanted)):
         DistilledMAE(config, distill_lite.teacher_model(there))
+
+
+def test_a_hiera_teacher_is_asked_for_global_attention() -> None:
+    config = distill_lite.model_config(HIERA, distill="attention", teacher_attn_layers=(3,))
+    with pytest.raises(InputError, match=re.escape("--teacher_attn_layers 3: give each once, of ")):
+        distill_lite.layer_pairs(config, HIERA_TEACHER)
 
 
 # ── Hiera by its definition ─────────────────────────────────────────────────────────────
