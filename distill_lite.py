@@ -52,6 +52,7 @@ Paper, released code, and here ("released" is the code of 2025; "2023" its first
   - With separate biases of queries and values (2023, `--qkv_bias qv`) released code begins
     fine-tuning with zeros; here with those of the file: softmax does not see a bias of the keys.
   - Released Hiera answers probabilities in evaluation, here logits.
+  - Released analysis takes a patch for 14 px; here distances are of pixels, on any grid.
   - Swin as a student (SimMIM, released 2025) is not here.
 
 Letters: B batch, U units or patches, V visible ones, N tokens, C channels, D decoder width,
