@@ -630,14 +630,15 @@ class LiteAttention(nn.Module):
                 shared: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, N, C) -> (B, N or N / 4, out), and A + R (B or B * U, h, n, n) if it is `tapped`."""
         (q, k, v), bias, logits = self.heads(x), self.bias(shape, shared), None
-        # On the CPU the fused kernel takes no bias that learns, and to train on 50 tokens it needs
-        # 1.8 times as long as what is written out; at 200 they are even.
-        if not tapped and (q.is_cuda or (bias is None and k.shape[2] > 128)):
-            bias = None if bias is None else bias.to(q.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, bias)
-        else:
+        # On the CPU the fused kernel takes no bias that learns, and for few tokens its backward
+        # pass, and bf16, take up to 1.8 times as long as what is written out here.
+        few = k.shape[2] <= 128 and (q.requires_grad or q.dtype is torch.bfloat16)
+        if tapped or (not q.is_cuda and (few or bias is not None)):
             logits = scores(q, k, bias)
             y = torch.matmul(logits.softmax(-1, dtype=torch.float32).to(v.dtype), v)
+        else:
+            bias = None if bias is None else bias.to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(rearrange(y, "(b u) h n d -> b (u n) (h d)", b=len(x))), logits
 
 
