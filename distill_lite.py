@@ -639,7 +639,8 @@ class LiteAttention(nn.Module):
         else:
             bias = None if bias is None else bias.to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, bias)
-        return self.proj(rearrange(y, "(b u) h n d -> b (u n) (h d)", b=len(x))), logits
+        y = self.proj(rearrange(y, "(b u) h n d -> b (u n) (h d)", b=len(x)))
+        return y, logits if tapped else None
 
 
 class LiteBlock(nn.Module):

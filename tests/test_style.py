@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
-    "greenmim.py": 1742, "mixmae.py": 1813, "hpvit.py": 1825, "distill_lite.py": 2625,
+    "greenmim.py": 1742, "mixmae.py": 1813, "hpvit.py": 1825, "distill_lite.py": 2475,
     "fastmim.py": 2000,
 }  # fmt: skip
 COMMON_LINES = 1200  # all modules together
