@@ -18,8 +18,8 @@ distillation alone. In the end decoder, adapters, the 13th block and the teacher
     x = W patch + b + position                         of the visible patches              (1)
     x = x + proj(softmax(A + R) v)                     A = q k^T / sqrt(d) of norm(x)      (2)
     x = x + fc2(gelu(fc1(norm(x))))                                                        (3)
-    t = (u - mean(u)) / sqrt(var(u) + 1e-6)            u the pixels of one patch           (4)
-    loss = reconstruction + a attention + b hidden     a, b: --attn_weight, --hidden_weight (5)
+    loss = reconstruction + a attention + b hidden     a, b: --attn_weight, --hidden_weight (4)
+    t = (u - mean(u)) / sqrt(var(u) + 1e-6)            u the pixels of one patch           (5)
     reconstruction = mean over hidden patches of (prediction - t)^2                        (6)
     attention = sum over pairs of blocks of mean (mix(A student) - A teacher)^2            (7)
     hidden = sum over layers of mean (linear(norm(x student)) - norm(x teacher))^2         (8)
@@ -960,7 +960,7 @@ class MaskedDecoder(nn.Module):
         return take(x, plan.hidden).unflatten(2, (side**2, -1)).flatten(1, 2)
 
     def target(self, patches: Tensor) -> Tensor:
-        """Patches as `patchify` cuts them -> what is predicted of them, Eq. (4)."""
+        """Patches as `patchify` cuts them -> what is predicted of them, Eq. (5)."""
         if self.config.kind == "hiera":  # channel by channel
             patches = rearrange(patches, "b n (k c) -> b n (c k)", c=3)
         return normalize_patches(patches)[0] if self.config.norm_pix_loss else patches
@@ -1074,7 +1074,7 @@ class DistilledMAE(nn.Module):
 
     def losses(self, images: Tensor, mask: ShufflePlan | np.ndarray | Tensor
                ) -> tuple[dict[str, Tensor], Tensor]:
-        """"reconstruction", "attention" and "hidden" of Eq. (5) without their weights, and the
+        """"reconstruction", "attention" and "hidden" of Eq. (4) without their weights, and the
         predictions, as of `MaskedDecoder.forward`."""
         student, (teacher,) = self.model, self.frozen
         config, plan = student.config, student.plan(images, mask)
@@ -1108,7 +1108,7 @@ class DistilledMAE(nn.Module):
 
     def forward(self, images: Tensor,
                 mask: ShufflePlan | np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        """Loss (), Eq. (5), and predictions, as of `MaskedDecoder.forward`."""
+        """Loss (), Eq. (4), and predictions, as of `MaskedDecoder.forward`."""
         config, (found, prediction) = self.model.config, self.losses(images, mask)
         loss = found["reconstruction"] + config.attn_weight * found["attention"]
         return loss + config.hidden_weight * found["hidden"], prediction
