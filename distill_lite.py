@@ -745,7 +745,7 @@ class LiteViT(nn.Module):
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.norm, self.fc_norm = (nn.Identity(), norm)[:: 1 if config.global_pool else -1]
         draw_linear(self, partial(nn.init.trunc_normal_, std=0.02))
-        for table in (self.cls_token, *(() if self.pos_embed is None else (self.pos_embed,))):
+        for table in (self.cls_token, self.pos_embed):
             if isinstance(table, nn.Parameter):
                 nn.init.trunc_normal_(table, std=0.02)
 
