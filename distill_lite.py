@@ -1910,6 +1910,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
     file = read_checkpoint(cfg.weights) if cfg.weights else None
     name, config = choose_config(cfg, file)
     teacher = class_teacher(cfg.class_teacher, process.device) if cfg.class_teacher else None
+    if teacher and cfg.linear_probe:
+        raise InputError("--class_teacher trains a second head, --linear_probe only the first")
     config = model_config(replace(without_teacher(config), two_heads=teacher is not None))
     cfg, side = replace(cfg, model=name), config.input_size
     if cfg.linear_probe:

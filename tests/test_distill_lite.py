@@ -1409,9 +1409,10 @@ def test_two_heads_learn_from_a_classifier(
     for wrong in ("mine_to_learn_from:dark", "there_is_no_such:thing", "mine_to_learn_from"):
         with pytest.raises(InputError, match=re.escape(wrong)):
             run("finetune", **SHORT, class_teacher=wrong, output_dir="no")
-    with pytest.raises(InputError, match="--class_teacher"):
-        run("finetune", **SHORT | {"model": "test_hiera"}, output_dir="no",
-            class_teacher="mine_to_learn_from:bright")  # fmt: skip
+    for wrong in ({"model": "test_hiera"}, {"linear_probe": True}):
+        with pytest.raises(InputError, match="--class_teacher"):
+            run("finetune", **SHORT | wrong, output_dir="no",
+                class_teacher="mine_to_learn_from:bright")  # fmt: skip
 
 
 def test_sgd_resumes(tmp_path: Path) -> None:
