@@ -394,14 +394,13 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
               "fixed share", "speed ratio", "memory ratio"]  # fmt: skip
     named = f", {args.model}, batch {args.batch_size}"
     named = method + {"hpvit": "", "distill_lite": f", batch {args.batch_size}"}.get(method, named)
-    first = "one without teacher, or with that in fp32" if method == "distill_lite" else "first row"
-    counted = ("executed, the teacher's included" if method == "distill_lite" else
-               "counted in a forward pass, times three")  # fmt: skip
+    counted, first = "counted in a forward pass, times three", "first row of the dtype"
+    if method == "distill_lite":  # a share of fp32 says nothing of a teacher in bf16
+        counted, first = "executed, the teacher's too", "student alone, or its teacher in fp32"
     table(named, header, rows)
     print(f"\nPlain matrix products between the steps: {', '.join(rates)}. Share of that rate: by "
           "the multiply-adds\n"
-          f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the {first} "
-          "of the dtype.")  # fmt: skip
+          f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the {first}.")  # fmt: skip
 
 
 # ── dense windows ─────────────────────────────────────────────────────────────────────
