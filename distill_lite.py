@@ -1129,6 +1129,7 @@ PRETRAINING = ("decoder_", "mask_token", "encoder_norm.", "multi_scale_fusion_he
 TEACHERS = {"vit": "mae_pretrain_vit_base.pth of facebookresearch/mae, MAE ViT-B",
             "hiera": "mae_hiera_base_224.pth of facebookresearch/hiera, Hiera-B"}
 
+
 def read_checkpoint(path: str | Path) -> dict:
     """A .pth or .safetensors file as {"model": state dict, "args": dict, ...}, checked.
 

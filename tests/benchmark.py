@@ -400,7 +400,8 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
     table(named, header, rows)
     print(f"\nPlain matrix products between the steps: {', '.join(rates)}. Share of that rate: by "
           "the multiply-adds\n"
-          f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the {first}.")  # fmt: skip
+          f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the "
+          f"{first}.")  # fmt: skip
 
 
 # ── dense windows ─────────────────────────────────────────────────────────────────────
