@@ -60,7 +60,7 @@ h heads, d head width, P values of a patch; H, W pixels, (h, w) tokens of a map.
 Comments say where a value is from: (paper), (released ...), (MAE), (ours) = chosen here.
 
 Usage:
-    python distill_lite.py demo                                 four minutes, two CPU cores
+    python distill_lite.py demo                              about five minutes, two CPU cores
     torchrun --nproc_per_node 8 distill_lite.py --model vit_tiny --data_path /imagenet \
         --distill decoupled --teacher mae_pretrain_vit_base.pth
     torchrun --nproc_per_node 8 distill_lite.py finetune --data_path /imagenet \
