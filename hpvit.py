@@ -846,7 +846,8 @@ def read_checkpoint(path: str | Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols and exotic tensors
             file = torch.load(path, map_location="cpu", weights_only=True)
-        keys = [k for k in ("model", "state_dict") if isinstance(file, dict) and k in file]
+        names = ("model", "state_dict", "model_state") if isinstance(file, dict) else ()
+        keys = [k for k in names if k in file]
         file = file | {"model": file[keys[0]]} if keys else {"model": file}
         if not isinstance(file["model"], dict) or not file["model"]:
             raise ValueError("it holds no state dict, at the top, under 'model' or 'state_dict'")
@@ -1170,8 +1171,9 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     if mine != found or len(there["state"]) not in (0, len(parameters)):
         raise ValueError("its optimizer has other parameters")
     # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
+    names = ("step", "exp_avg", "exp_avg_sq") if "betas" in own.defaults else ("momentum_buffer",)
     wanted = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
-              for i, p in enumerate(parameters) for k in ("step", "exp_avg", "exp_avg_sq")}
+              for i, p in enumerate(parameters) for k in names}
     found = {f"{k} of parameter {i}": v for i, x in there["state"].items() for k, v in x.items()}
     check_keys(data.checked(found), wanted if there["state"] else {})
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import distill_lite
 import greenmim
 import hpvit
 import mixmae
@@ -66,6 +67,8 @@ class Workload:
     slowness: int = 1  # the number of steps is divided by this
     batch_size: int = 0  # instead of --batch_size
     forward: Callable[[], object] | None = None  # to count multiply-adds of, without storage
+    executed: bool = False  # count those of both passes, else the forward pass's times three
+    baseline: int = 0  # the row of this dtype that ratios are to
 
 
 TABLES: list[dict] = []  # all that were printed, for --json
@@ -175,13 +178,17 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
     memory, rate = max(s["memory"] for s in splits), statistics.median(rates)
     split = {part: statistics.median(s[part] for s in splits[WARM_UP:]) for part in splits[0]}
     # The counter knows matrix products, so attention has to be made of them.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        if work.forward:
-            work.forward()
-        else:
-            plan = greenmim.to_device(work.plan(0), device)
-            work.loss(data.normalize(pixels.to(device)), plan)
-    flop = counter.get_total_flops() / batch  # forward; the backward pass has twice as many
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.set_grad_enabled(work.executed):
+            if work.forward:
+                work.forward()
+            else:
+                plan = greenmim.to_device(work.plan(0), device)
+                loss = work.loss(data.normalize(pixels.to(device)), plan)
+        if work.executed:
+            loss.backward()
+    flop = counter.get_total_flops() / batch  # the backward pass has twice those of the forward
+    executed = flop if work.executed else 3 * flop
     speed = batch / split["step"]
     fixed = f"{speed * work.gflop * 1e9 / rate:.0%}" if work.gflop else ""
     if args.profile:
@@ -189,8 +196,9 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
         print_profile(title, partial(step, 0), device.type == "cuda")
     times = [split[part] for part in ("planning", "data", "forward", "backward", "optimizer")]
     row = [speed, *times, f"{split['planning'] / split['step']:.1%}", memory, flop / 2e9,
-           rate / 1e9, f"{speed * 3 * flop / rate:.0%}", fixed]  # fmt: skip
-    return {"row": [work.label, *row], "speed": speed, "memory": memory, "rate": rate}
+           rate / 1e9, f"{speed * executed / rate:.0%}", fixed]  # fmt: skip
+    return {"row": [work.label, *row], "speed": speed, "memory": memory, "rate": rate,
+            "baseline": work.baseline}  # fmt: skip
 
 
 # ── methods ───────────────────────────────────────────────────────────────────────────
@@ -325,11 +333,41 @@ def hierarchy_work(
     )  # fmt: skip
 
 
+DISTILLED = (  # label, student, what is distilled, the teacher and its dtype, the row to compare to
+    ("MAE-Tiny", "vit_tiny", "none", "", None, 0),
+    ("D-MAE, ViT-B teaches", "vit_tiny", "attention", "vit_base", None, 0),
+    ("D-MAE, its teacher in bf16", "vit_tiny", "attention", "vit_base", torch.bfloat16, 1),
+    ("D2-MAE", "vit_tiny", "decoupled", "vit_base", None, 0),
+    ("D2-MAE, its teacher in bf16", "vit_tiny", "decoupled", "vit_base", torch.bfloat16, 3),
+    ("Hiera-Tiny", "hiera_tiny", "none", "", None, 5),
+    ("Hiera-Tiny, Hiera-B teaches", "hiera_tiny", "attention", "hiera_base", None, 5),
+    ("the same, its teacher in bf16", "hiera_tiny", "attention", "hiera_base", torch.bfloat16, 6),
+)
+
+
+def distilled_work(args: argparse.Namespace, device: torch.device, row: int) -> Workload:
+    """Pre-training of a small ViT or Hiera, alone or with a teacher."""
+    label, name, distill, teacher, dtype, baseline = DISTILLED[row]
+    config, there = replace(distill_lite.MODELS[name], distill=distill), None
+    if teacher:
+        there = distill_lite.teacher_model(distill_lite.MODELS[teacher]).requires_grad_(False)
+        there = distill_lite.lower(there, dtype or torch.float32).to(device).eval()
+    model = distill_lite.DistilledMAE(config, there, dtype).to(device)
+    ratio = MASK_RATIO if config.kind == "vit" else distill_lite.HIERA_RATIO
+    return Workload(
+        label, model, config.input_size, executed=True, baseline=baseline,
+        plan=lambda number: distill_lite.draw_masks(
+            config, ratio, args.batch_size, (0, number, 0, 1)),
+        loss=lambda images, plan: model(images, plan)[0],
+    )  # fmt: skip
+
+
 METHODS: dict[str, list[Callable[[argparse.Namespace, torch.device], Workload]]] = {
     "greenmim": [greenmim_work, partial(dense_work, small=False), partial(dense_work, small=True)],
     "mixmae": [partial(mixmae_work, masked=False), partial(mixmae_work, masked=True), unmixed_work],
     "hpvit": [mae_work, *(partial(hierarchy_work, label=label, size=size)
                           for size in (224, 512) for label in HIERARCHIES)],
+    "distill_lite": [partial(distilled_work, row=row) for row in range(len(DISTILLED))],
 }
 
 
@@ -345,19 +383,25 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
             *profile, last = output.splitlines()
             print(*profile, sep="\n", end="\n" if profile else "")
             results.append(json.loads(last))
-            ratios = (f"{results[-1][k] / results[0][k]:.2f}" for k in ("speed", "memory"))
-            label, *values = results[-1]["row"]
+            result, first = results[-1], results[results[-1]["baseline"]]
+            ratios = (f"{result[k] / first[k]:.2f}" for k in ("speed", "memory"))
+            label, *values = result["row"]
             rows.append([label, dtype, *values, *ratios])
         rate = statistics.median(result["rate"] for result in results)
         rates.append(f"{dtype} {rate / 1e9:.0f} GFLOP/s")
     header = ["step", "dtype", "images/s", "planning s", "data s", "forward s", "backward s",
               "optimizer s", "planning", "peak GB", "GMAC/image", "product GFLOP/s", "share",
               "fixed share", "speed ratio", "memory ratio"]  # fmt: skip
-    named = f"{method}, {args.model}, batch {args.batch_size}" if method != "hpvit" else method
+    named = f", {args.model}, batch {args.batch_size}"
+    named = method + {"hpvit": "", "distill_lite": f", batch {args.batch_size}"}.get(method, named)
+    counted, first = "counted in a forward pass, times three", "first row of the dtype"
+    if method == "distill_lite":  # a share of fp32 says nothing of a teacher in bf16
+        counted, first = "executed, the teacher's too", "student alone, or its teacher in fp32"
     table(named, header, rows)
     print(f"\nPlain matrix products between the steps: {', '.join(rates)}. Share of that rate: by "
-          "the multiply-adds\ncounted in a forward pass, times three; fixed share: by the FLOP of "
-          "the released code. Ratios: to the first row of the dtype.")  # fmt: skip
+          "the multiply-adds\n"
+          f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the "
+          f"{first}.")  # fmt: skip
 
 
 # ── dense windows ─────────────────────────────────────────────────────────────────────

@@ -152,7 +152,7 @@ def test_pretrain_is_the_default_command(script: ModuleType) -> None:
         found, cfg = script.parse_config([command])
         assert (found, type(cfg)) == (function, kind)
         assert cfg == script.configure(command)
-    assert tuple(script.COMMANDS) == COMMANDS
+    assert tuple(script.COMMANDS)[:len(COMMANDS)] == COMMANDS
 
 
 def test_timm_names_are_ours() -> None:
@@ -179,7 +179,7 @@ def test_recipes_are_the_defaults(script: ModuleType) -> None:
 def test_recipe_small(command: str, script: ModuleType) -> None:
     small, published = (script.configure(command, recipe=r) for r in ("small", "published"))
     assert small.model in script.MODELS and small != published
-    with pytest.raises(InputError, match=r"--recipe large is none of .*published, small"):
+    with pytest.raises(InputError, match=r"--recipe large is none of .*published,.* small"):
         script.configure(command, recipe="large")
 
 
@@ -604,6 +604,9 @@ def test_text_list(photos: Path, tmp_path: Path) -> None:
     assert last(tmp_path / "out")["step"] == len(paths) // 4
 
 
+DISTILLED: list[float] = []  # what the teacher was worth, by seed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @each_script
@@ -619,7 +622,11 @@ def test_demo(
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert {"pretrained_acc1", "scratch_acc1", "chance", "picture", "seconds"} <= result.keys()
-    assert result["pretrained_acc1"] - result["scratch_acc1"] >= 5
+    best = result.get("distilled_acc1", result["pretrained_acc1"])
+    assert best - result["scratch_acc1"] >= 5
+    if "distilled_acc1" in result:  # one seed proves nothing of so small a difference
+        DISTILLED.append(best - result["pretrained_acc1"])
+        assert len(DISTILLED) < 3 or sum(DISTILLED) >= 0
     assert result["chance"] == 10
     # Four times what is promised of a slow machine that has nothing else to do.
     assert result["seconds"] < (960 if script.SCRIPT == "distill_lite" else 480)
