@@ -211,7 +211,7 @@ MODELS = {
                          num_heads=(2, 4, 8), mlp_ratios=(4, 4, 4), block_size=16, decoder_dim=64,
                          decoder_depth=1),
     "test": ModelConfig("vit", 64, 16, (32,), (2,), (2,), (1,), decoder_dim=32),
-    "test_swin": SMALL("swin"),
+    "test_swin": SMALL("swin", embed_dims=(16, 32, 64, 128), num_heads=(1, 2, 4, 8)),
     "test_pvtv2": SMALL("pvtv2", sr_ratios=(8, 4, 2, 1)),
     "test_cmt": SMALL("cmt", sr_ratios=(8, 4, 2, 1), stem_dim=8, fc_dim=48),
 }
@@ -397,11 +397,11 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
         raise InputError(f"--decoder_depth 0 needs --decoder_dim {config.embed_dims[-1]}, the "
                          "width of the encoder")
     if config.family == "swin":
-        check_windows(config)
+        check_window_size(config)
     return config
 
 
-def check_windows(config: ModelConfig) -> None:
+def check_window_size(config: ModelConfig) -> None:
     """InputError, which names those that do, unless Swin's windows divide their maps."""
     stages, size = range(len(config.depths)), config.input_size
 
@@ -679,15 +679,17 @@ def stretch(table: Tensor, shape: Sequence[int]) -> Tensor:
 
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm uses a batch's statistics and counts none."""
+    """Inside, BatchNorm in training uses a batch's statistics without counting them again."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked -= 1
 
 
 # ── encoder ───────────────────────────────────────────────────────────────────────────
@@ -841,7 +843,7 @@ class Windows:
     apart: Tensor | None  # (windows, 1, S, S) bool, True = not neighbours; None = all are
 
 
-def plan_windows(shape: tuple[int, int], window: int, shifted: bool) -> Windows:
+def cut_windows(shape: tuple[int, int], window: int, shifted: bool) -> Windows:
     """Windows of a map (h, w). A side as long as the window or shorter is not cut, nor shifted. The
     map is padded to whole windows and rolled; then in one window may lie what is padding or comes
     from opposite borders, which is kept apart."""
@@ -906,7 +908,7 @@ class MapMerging(nn.Module):
         return self.reduction(self.norm(x))
 
 
-class SwinStage(nn.Module):
+class ShiftedStage(nn.Module):
     """Blocks, every second of which shifts its windows, and the merging after them."""
 
     def __init__(self, config: ModelConfig, stage: int, rates: Iterator[float]) -> None:
@@ -926,7 +928,8 @@ class Swin(Backbone):
         super().__init__(config, num_classes)
         dim, rates = config.embed_dims[0], self.rates(drop_path)
         self.patch_embed = PatchProjection2d(config.patch_size, dim, nn.LayerNorm(dim, 1e-5))
-        self.layers = nn.ModuleList(SwinStage(config, i, rates) for i in range(len(config.depths)))
+        self.layers = nn.ModuleList(
+            ShiftedStage(config, stage, rates) for stage in range(len(config.depths)))
         # The same norm; that of the classifier has another name, and so begins anew, as released.
         norm = nn.LayerNorm(self.channels[-1], 1e-5)
         self.norm, self.fc_norm = (nn.Identity(), norm) if num_classes else (norm, nn.Identity())
@@ -940,7 +943,7 @@ class Swin(Backbone):
         if key not in self.plans:
             with torch.inference_mode(False):  # so that it also serves a later training
                 self.plans[key] = [
-                    tuple(to_device(plan_windows((height // stride, width // stride),
+                    tuple(to_device(cut_windows((height // stride, width // stride),
                                                  self.config.window(stage), shifted), device)
                           for shifted in (False, True))
                     for stage, stride in enumerate(self.strides)]
@@ -1292,7 +1295,7 @@ def found_sizes(state: dict[str, Tensor], family: str, tuned: bool) -> dict[str,
         return {"patch_size": patch, "input_size": math.isqrt(len(state["pos_embed"][0])) * patch,
                 "global_pool": "norm.weight" not in state or not tuned}
     if family == "swin":
-        tables = [v for k, v in state.items() if k.endswith("0.attn.relative_position_bias_table")]
+        tables = [v for k, v in state.items() if k.endswith("blocks.0.attn.relative_position_bias_table")]
         first, last = ((math.isqrt(len(t)) + 1) // 2 for t in (tables[0], tables[-1]))
         # The last stage's window is its map, in every network of the release.
         return {"num_heads": tuple(t.shape[1] for t in tables),
@@ -1917,11 +1920,11 @@ def enter_phase(cfg: PretrainConfig, process: Process, parts: dict, args: dict, 
             state, notes = fit_tables(file["model"], own, fixed=True)
             file["model"] = own | state
             parameters = [p for g in parts["optimizer"].param_groups for p in g["params"]]
-            for parameter, moments in zip(parameters, file["optimizer"]["state"].values(),
-                                          strict=False):
-                if moments["exp_avg"].shape != parameter.shape:
-                    moments |= {k: torch.zeros_like(parameter, device="cpu")
-                                for k in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
+            for number, moments in file["optimizer"]["state"].items():
+                if moments["exp_avg"].shape != parameters[number].shape:
+                    shapes = {"exp_avg": parameters[number].shape, "step": ()}
+                    shapes["exp_avg_sq"] = shapes["exp_avg"]
+                    moments |= {k: torch.zeros(shape) for k, shape in shapes.items()}
         process.say(f"entering it: {'; '.join(notes) or 'all as it was'}")
         content = file | {"args": args, "step": step}
         data.save_file(Path(cfg.output_dir) / "checkpoint-last.pth", partial(torch.save, content))
@@ -1943,11 +1946,11 @@ def pretrain(cfg: PretrainConfig) -> dict:
     file = read_checkpoint(cfg.weights) if cfg.weights else None
     name, config = choose_config(cfg, file)
     cfg = replace(cfg, model=name)
-    phases, found = plan_phases(cfg, config), newest(cfg)
+    phases, found = plan_phases(cfg, config), newest(cfg) if cfg.data_path else None
     if config.pretrain_heads:
         process.say(f"{config.pretrain_heads[0]} heads in pre-training, {config.num_heads[0]} in "
                     f"fine-tuning, as released; --num_heads {config.num_heads[0]} is for both")
-    reached = found[1]["args"].get("phase", 0) if found and cfg.data_path else 0
+    reached = found[1]["args"].get("phase", 0) if found else 0
     for phase in phases[min(reached, len(phases) - 1):]:
         if len(phases) > 1:
             process.say(f"phase {phase.number + 1} of {len(phases)}, from epoch {phase.start}: "
@@ -1971,7 +1974,7 @@ def pretrain_phase(cfg: PretrainConfig, process: Process, file: dict | None, pha
 
     torch.manual_seed(cfg.seed)
     model, said = load_weights(partial(FastMIM, config), cfg.weights, file)
-    process.say(said and f"{said}; {describe(config)}")
+    process.say(said and f"{said}; {describe(pretraining(config))}")
     model = synchronised(model.to(process.device), process, cfg.sync_bn)
     model.encoder.grad_checkpoint = cfg.grad_checkpoint
     model.encoder.plan(side, side, process.device)
@@ -2139,7 +2142,8 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     model, said = load_weights(make, cfg.weights, file)
     if outputs and not head:
         model.head = nn.Identity()
-    process.say(f"{said}; {name}, {describe(replace(config, input_size=config.input_size))}")
+    shown = replace(pretraining(config) if whole else config, input_size=size)
+    process.say(f"{said}; {name}, {describe(shown)}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
 
 
@@ -2221,7 +2225,8 @@ def draw_reconstructions(model: FastMIM, pixels: Tensor,
     if config.target == "hog":
         target = make_target(images, config)
         filled = torch.where(hidden, prediction, target)
-        strokes = [draw(x, HOG_BINS, 2 * HOG_CELL) for x in (target, filled)]  # twice as large
+        white = target.unflatten(1, (-1, HOG_BINS)).mean(1).max().item()  # for both
+        strokes = [draw(x, HOG_BINS, 2 * HOG_CELL, white) for x in (target, filled)]
         columns = [*(F.interpolate(x, scale_factor=2.0) for x in (images, painted)),
                    *(data.normalize((255 * x).byte().expand(-1, 3, -1, -1)) for x in strokes)]
         labels = ("image", "painted", "its HOG", "predicted, where hidden")

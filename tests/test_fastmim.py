@@ -109,9 +109,9 @@ def config_of(model: dict, side: int = 0) -> ModelConfig:
         changes["target"] = {"HOG": "hog", "l2": "pixel"}[given["mim_loss"]]
     if family != "swin":
         changes.pop("window_size", None)
-    if side and side != changes["input_size"]:
-        changes |= {"input_size": side,
-                    "block_size": side * changes["block_size"] // changes["input_size"]}  # fmt: skip
+    built = changes["input_size"]
+    if side and side != built:
+        changes |= {"input_size": side, "block_size": side * changes["block_size"] // built}
     return fastmim.model_config(replace(base, **changes))
 
 
@@ -126,7 +126,7 @@ def site(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     if isinstance(model, FastMIM) and not name.startswith(("decoder_", "encoder.")):
         name = f"encoder.{name}"
     module = model.get_submodule(name)
-    if isinstance(module, fastmim.SwinStage):  # merging belongs to the stage there
+    if isinstance(module, fastmim.ShiftedStage):  # merging belongs to the stage there
         last = isinstance(module.downsample, nn.Identity)
         module = module.blocks[-1] if last else module.downsample
     return module, end
@@ -482,7 +482,7 @@ def check_initial(fixture: Fixture) -> None:
         model = (FastMIM(config) if task == "pretrain"
                  else BACKBONES[config.family](config, 1000))  # fmt: skip
         parameters = dict(Released(model).named_parameters())
-        keys = {key: shape for key, shape in fixture.meta["keys"][name]}
+        keys = dict(fixture.meta["keys"][name])
         assert {k: list(p.shape) for k, p in parameters.items()} == keys
         for key, (mean, std, most) in zip(keys, fixture.take(name), strict=True):
             p = parameters[key].detach().double()
@@ -523,3 +523,625 @@ def test_golden(path: Path) -> None:
     fixture = Fixture(path)
     check_fixture(fixture)
     fixture.finish()
+
+
+# ── what it is by definition: masks, target, loss ───────────────────────────────────────
+
+
+def small(family: str = "vit", **changes: object) -> ModelConfig:
+    return fastmim.model_config(fastmim.MODELS[FAMILIES[family]], **changes)
+
+
+def made(config: ModelConfig, seed: int = 0) -> FastMIM:
+    torch.manual_seed(seed)
+    return FastMIM(config)
+
+
+def pictures(count: int = 2, size: int | tuple[int, int] = 64, seed: int = 0) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.from_numpy(filled_images((count, 3, height, width), seed))
+
+
+def drawn_mask(config: ModelConfig, count: int = 2, seed: int = 0) -> np.ndarray:
+    return fastmim.draw_blocks(config, 0.75, count, (seed,))
+
+
+@pytest.mark.parametrize(("blocks", "ratio", "kept"), [
+    (16, 0.75, 4), (64, 0.75, 16), (100, 0.9, 9), (36, 0.6, 14), (4, 0.6, 1)])  # fmt: skip
+def test_as_many_blocks_are_hidden_in_each_image(blocks: int, ratio: float, kept: int) -> None:
+    noise = np.random.default_rng(0).random((5, blocks), np.float32)
+    mask = fastmim.hide_blocks(noise, ratio).reshape(5, -1)
+    assert ((~mask).sum(1) == kept).all()
+    for row, values in zip(mask, noise, strict=True):
+        assert values[~row].max() < values[row].min()
+    assert len({row.tobytes() for row in mask}) > 1  # each image has its own
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99])
+def test_a_ratio_hides_something_and_leaves_something(ratio: float) -> None:
+    with pytest.raises(InputError, match="at least one must stay visible"):
+        fastmim.hide_blocks(np.zeros((1, 16)), ratio)
+
+
+def test_masks_are_a_function_of_their_seed() -> None:
+    config = small()
+    assert (drawn_mask(config, 9, 1) == drawn_mask(config, 9, 1)).all()
+    assert (drawn_mask(config, 9, 1) != drawn_mask(config, 9, 2)).any()
+
+
+@pytest.mark.parametrize("target", ["hog", "pixel"])
+@pytest.mark.parametrize("block", [8, 16, 32])
+@each_family
+def test_loss_by_loops(family: str, block: int, target: str) -> None:
+    """Every masked cell, or patch, by itself: where it is in a prediction, and what it counts."""
+    config = small(family, block_size=block, target=target)
+    model, images, mask = made(config), pictures(), drawn_mask(small(family, block_size=block))
+    loss, prediction = model(images, mask)
+    cell, stride = config.cell, config.stride
+    assert cell == (8 if target == "hog" else min(block, stride))
+    r, across, errors = stride // cell, 64 // stride, []
+    described = hog(images)
+    for b in range(2):
+        for y in range(0, 64, cell):
+            for x in range(0, 64, cell):
+                if not mask[b, y // block, x // block]:
+                    continue
+                token = prediction[b, y // stride * across + x // stride]
+                place = y % stride // cell * r + x % stride // cell
+                ours = token.reshape(-1, r * r)[:, place]
+                wanted = described[b, :, y // cell, x // cell] if target == "hog" else None
+                if wanted is None:
+                    pixels = images[b, :, y : y + cell, x : x + cell].permute(1, 2, 0).flatten()
+                    wanted = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
+                errors.append((ours - wanted).square().mean())
+    near(loss, torch.stack(errors).mean().detach(), rtol=1e-5)
+
+
+@each_family
+def test_hidden_pixels_change_no_prediction(family: str) -> None:
+    """They are painted over; what is visible does."""
+    config = small(family, block_size=16)
+    model, images, mask = made(config).eval(), pictures(), drawn_mask(config)
+    hidden = fastmim.enlarge(torch.from_numpy(mask), 64)
+    with torch.no_grad():
+        _, before = model(images, mask)
+        _, other = model(torch.where(hidden, torch.randn_like(images), images), mask)
+        _, seen = model(torch.where(hidden, images, images + 1), mask)
+        painted = model.paint(images, torch.from_numpy(mask))
+    assert torch.equal(before, other) and not torch.allclose(before, seen)
+    assert torch.equal(painted.where(~hidden, 0), images.where(~hidden, 0))
+    token = model.mask_token.detach().expand_as(images)
+    assert torch.equal(painted.where(hidden, 0), token.where(hidden, 0))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"target": "pixel", "norm_pix_loss": False}, {"decoder_depth": 0, "decoder_dim": 0}],
+    ids=["hog", "pixel", "no decoder"])  # fmt: skip
+@each_family
+def test_every_parameter_gets_a_gradient(family: str, changes: dict) -> None:
+    if "decoder_depth" in changes:
+        changes = changes | {"decoder_dim": small(family).embed_dims[-1]}
+    config = small(family, block_size=16, **changes)
+    model = made(config)
+    model(pictures(4), drawn_mask(config, 4))[0].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+        assert not p.requires_grad or p.grad.any(), name
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == (["encoder.pos_embed"] if family == "vit" else [])
+    assert model.mask_token.grad.ne(0).all()
+
+
+@each_family
+def test_learns_one_batch(family: str) -> None:
+    config = small(family, block_size=16)
+    model, images, mask = made(config), pictures(4), drawn_mask(config, 4)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(60):
+        loss, _ = model(images, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0], losses[::10]
+
+
+def test_half_precision_leaves_the_target_alone() -> None:
+    config = small()
+    model, images, mask = made(config), pictures(), drawn_mask(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, prediction = model(images, mask)
+        target = fastmim.make_target(images, config)
+    assert loss.dtype == prediction.dtype == torch.float32
+    assert torch.equal(target, hog(images))
+
+
+def test_what_does_not_fit_is_said() -> None:
+    config = small()
+    model = made(config)
+    with pytest.raises(ValueError, match="not 64 px"):
+        model(pictures(size=96), drawn_mask(config))
+    with pytest.raises(ValueError, match="not of 2 images and 4x4 blocks"):
+        model(pictures(), np.zeros((2, 16), bool))
+    for changes, words in (
+        ({"block_size": 24}, "as 8, 16, 32 do"), ({"block_size": 4}, "consist of cells of 8"),
+        ({"input_size": 72}, "a multiple of 16"), ({"decoder_dim": 200}, "no multiple of its 6"),
+        ({"decoder_depth": 0, "decoder_dim": 64}, "--decoder_dim 32"), ({"drop_last": 2}, "leaves"),
+        ({"num_heads": (3,)}, "do not divide"), ({"num_heads": (2, 2)}, "give 1, one a stage"),
+        ({"patch_size": 4}, "--target pixel works"), ({"input_size": (64, 96)}, "are square"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            small(**changes)
+    with pytest.raises(InputError, match=r"--window_size 7 does not divide .* 128 px; .*2, 4, 8"):
+        fastmim.model_config(fastmim.MODELS["swin_b"], window_size=7)
+
+
+# ── backbones ───────────────────────────────────────────────────────────────────────────
+
+
+def classifier(family: str, classes: int = 3, seed: int = 0, **changes: object) -> nn.Module:
+    torch.manual_seed(seed)
+    return BACKBONES[family](small(family, **changes), classes).eval()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("shape", [(8, 8), (4, 4), (12, 8), (6, 9), (3, 10), (5, 3)])
+def test_windows_by_loops(shape: tuple[int, int], shifted: bool) -> None:
+    """Attention among the tokens of a window, each pair with its bias; windows are cut where the
+    map ends, and shifted ones where the roll would bring together what is apart."""
+    torch.manual_seed(0)
+    (h, w), window, heads, dim = shape, 4, 2, 8
+    attention = fastmim.ShiftedWindowAttention(dim, heads, window)
+    nn.init.normal_(attention.relative_position_bias_table)
+    x = torch.randn(2, h * w, dim)
+    plan = fastmim.to_device(fastmim.cut_windows(shape, window, shifted), CPU)
+    ours = attention(x, plan)
+    moved = [window // 2 if shifted and side > window else 0 for side in shape]
+
+    def cell(token: int) -> tuple[int, int]:
+        y, x = divmod(token, w)
+        return (y - moved[0]) // min(window, h), (x - moved[1]) // min(window, w)
+
+    q, k, v = attention.qkv(x).reshape(2, h * w, 3, heads, dim // heads).unbind(2)
+    out = torch.zeros(2, h * w, heads, dim // heads)
+    for i in range(h * w):
+        there = [j for j in range(h * w) if cell(i) == cell(j)]
+        rows = [(i // w - j // w + 3) * 7 + i % w - j % w + 3 for j in there]
+        logits = torch.einsum("bhd,bjhd->bhj", q[:, i], k[:, there]) * (dim // heads) ** -0.5
+        logits = logits + attention.relative_position_bias_table[rows].T
+        out[:, i] = torch.einsum("bhj,bjhd->bhd", logits.softmax(-1), v[:, there])
+    near(ours, attention.proj(out.flatten(2)).detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [64, (64, 96), (96, 32), (32, 32)])
+@each_family
+def test_maps_of_any_size(family: str, size: int | tuple[int, int]) -> None:
+    model = classifier(family)
+    images = pictures(size=size)
+    maps = model.maps(images)
+    height, width = images.shape[-2:]
+    assert [tuple(x.shape) for x in maps] == [
+        (2, c, height // s, width // s)
+        for c, s in zip(model.channels, model.strides, strict=True)]  # fmt: skip
+    assert all(x.isfinite().all() for x in maps)
+    sum(x.square().mean() for x in maps).backward()  # also what is interpolated learns
+    for name, p in model.named_parameters():
+        if ("pos" in name or "bias_table" in name) and size != (32, 32):  # one token, one window
+            assert p.grad is not None and p.grad.any(), name
+    with pytest.raises(ValueError, match="must divide both sides"):
+        model.maps(torch.zeros(1, 3, 64, 72))
+
+
+def test_maps_of_chosen_blocks() -> None:
+    model = classifier("vit")
+    first, last = model.maps(pictures(), [1, 2])
+    assert torch.equal(last, model.maps(pictures())[0]) and not torch.equal(first, last)
+
+
+def test_biases_of_cmt_are_stretched_over_queries_then_keys() -> None:
+    """Where the table is a product of a map of queries and one of keys, so is the stretched one."""
+    model = classifier("cmt")
+    torch.manual_seed(1)
+    queries, keys = torch.randn(1, 256), torch.randn(1, 4)
+    with torch.no_grad():
+        model.relative_pos_a.copy_(queries[:, :, None] * keys[:, None])
+        ours = model.bias(0, (16, 24))
+    wide = fastmim.stretch(queries.T, (16, 24)) * fastmim.stretch(keys.T, (2, 3)).T
+    near(ours[0], wide, atol=1e-5)
+    assert model.bias(0, (16, 16)) is model.relative_pos_a
+
+
+@each_family
+def test_grad_checkpoint_changes_nothing(family: str) -> None:
+    """Nor do running statistics move twice."""
+    config, found = small(family, block_size=16), []
+    for again in (False, True):
+        model = made(config)
+        model.encoder.grad_checkpoint = again
+        model(pictures(), drawn_mask(config))[0].backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad]
+                     + [b.clone() for b in model.buffers()])  # fmt: skip
+    assert all(map(torch.equal, *found))
+
+
+@each_family
+def test_drop_path_is_off_in_evaluation(family: str) -> None:
+    torch.manual_seed(0)
+    model = BACKBONES[family](small(family), 3, 0.5)
+    images = pictures()
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+# ── weights ─────────────────────────────────────────────────────────────────────────────
+
+
+def run(command: str, **flags: object) -> dict:
+    _, function = fastmim.COMMANDS[command]
+    cpu = {} if command == "export" else {"device": "cpu", "num_workers": 0}
+    return function(fastmim.configure(command, **cpu, **flags))
+
+
+def trained(folder: Path, family: str, **flags: object) -> Path:
+    """backbone.pth of a short pre-training."""
+    run("pretrain", **({"model": FAMILIES[family], "batch_size": 4, "epochs": 1,
+        "warmup_epochs": 0, "data_path": "drawn:8", "lr": 1e-3} | flags),
+        output_dir=str(folder))  # fmt: skip
+    return folder / "backbone.pth"
+
+
+def tuned(folder: Path, weights: Path, **flags: object) -> Path:
+    run("finetune", **({"weights": str(weights), "batch_size": 4, "epochs": 1, "warmup_epochs": 0,
+        "data_path": "drawn:40"} | flags), output_dir=str(folder))  # fmt: skip
+    return folder / "best.pth"
+
+
+def opened(path: Path, **flags: object) -> nn.Module:
+    return fastmim.open_model(
+        fastmim.configure("evaluate", weights=str(path), device="cpu", **flags))[1]
+
+
+@each_family
+def test_export_and_back(family: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What is exported answers as what was trained, after pre-training and after fine-tuning."""
+    backbone = trained(tmp_path / "a", family)
+    best = tuned(tmp_path / "b", backbone)
+    for path in (backbone, best):
+        before, images = opened(path), pictures()
+        out = tmp_path / "official.pth"
+        run("export", weights=str(path), output=str(out))
+        assert torch.equal(opened(out)(images), before(images))
+        if family == "cmt":
+            with pytest.raises(InputError, match="timm has no CMT"):
+                run("export", weights=str(path), naming="timm", output=str(tmp_path / "t.pth"))
+            continue
+        capsys.readouterr()
+        run("export", weights=str(path), naming="timm", output=str(tmp_path / "t.pth"))
+        assert "timm.create_model(" in capsys.readouterr().out
+        state = torch.load(tmp_path / "t.pth", weights_only=True)
+        assert len(state) == len(before.state_dict())
+
+
+def manifest(name: str) -> dict[str, list[int]]:
+    import json
+
+    with np.load(GOLDEN / "augment" / "timm_keys.npz") as arrays:
+        return json.loads(str(arrays["meta"]))["models"][name]["shapes"]
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("vit_base_patch16_224:global_pool=avg", {}), ("vit_large_patch16_224:global_pool=avg", {}),
+    ("vit_base_patch16_224", {"global_pool": False}), ("swin_base_patch4_window7_224", {}),
+    ("swin_large_patch4_window7_224", {"window_size": 7}),
+    ("swin_base_patch4_window7_224:window_size=14", {"window_size": 14}), ("pvt_v2_b2", {}),
+])  # fmt: skip
+def test_export_has_the_names_and_shapes_of_timm(name: str, changes: dict) -> None:
+    ours = fastmim.known_model({"swin_large_patch4_window7_224": "swin_l"}.get(
+        name.split(":")[0], name.split(":")[0]))  # fmt: skip
+    config = fastmim.model_config(fastmim.MODELS[ours], input_size=224, **changes)
+    model = BACKBONES[config.family](replace(config, depths=config.depths), 1000)
+    state = {k: list(v.shape) for k, v in fastmim.export_state(model, "timm").items()}
+    assert state == manifest(name)
+    headless = set(fastmim.export_state(FastMIM(config).encoder, "timm"))
+    wanted = {k for k in state if not k.startswith(("head.", "fc_norm."))}
+    last = set() if config.family == "pvtv2" else {"norm.weight", "norm.bias"}
+    assert headless == wanted | last
+
+
+PUBLISHED = ("vit_b", "vit_l", "swin_b", "swin_l", "pvtv2_b2", "pvtv2_b5", "cmt_s")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_are_recognised(name: str) -> None:
+    """By shapes alone, with the buffers that released files hold."""
+    config = fastmim.MODELS[name]
+    state = on_meta(partial(FastMIM, config)).state_dict()
+    if config.family == "swin":
+        state["encoder.layers.0.blocks.0.attn.relative_position_index"] = torch.empty(16, 16)
+    whole = fastmim.pretraining(config)
+    found = fastmim.identify({"model": state, "args": {}})
+    assert found[0] == name and fastmim.pretraining(found[1]) == whole
+    larger = fastmim.model_config(config, input_size=224)
+    state = on_meta(partial(BACKBONES[config.family], larger, 10)).state_dict()
+    assert fastmim.identify({"model": state, "args": {}}) == (name, larger)
+
+
+@each_family
+def test_a_released_file(family: str, tmp_path: Path) -> None:
+    """Its names, its buffers, its Namespace; also of a pixel target."""
+    import argparse
+
+    for target in ("hog", "pixel"):
+        config = small(family, target=target)
+        model = made(config)
+        state = dict(model.state_dict())
+        prefix = "" if family == "vit" else "encoder."
+        assert ("pos_embed" in state) == (family == "vit")
+        assert any(k.startswith(prefix + "patch_embed") for k in state)
+        if family == "swin":
+            key = "encoder.layers.0.blocks.0.attn.relative_position_index"
+            state[key] = torch.zeros(16, 16, dtype=torch.int64)
+        path = tmp_path / f"{target}.pth"
+        torch.save({"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 799}, path)
+        answer = run("reconstruct", weights=str(path), data_path="drawn:2", mask_ratio=0.5,
+                     output=str(tmp_path / "r.png"), model=FAMILIES[family],
+                     input_size=64)  # fmt: skip
+        assert np.isfinite(answer["loss"])
+        encoder = fastmim.load_backbone(path)
+        for key, value in encoder.state_dict().items():
+            assert torch.equal(value, state[prefix + key]), key
+
+
+def test_heads_of_vit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Six in pre-training, twelve in fine-tuning, as released and said; --num_heads is for both."""
+    config = fastmim.MODELS["vit_b"]
+    assert fastmim.pretraining(config).num_heads == (6,) and config.num_heads == (12,)
+    both = fastmim.model_config(config, num_heads=(12,))
+    assert fastmim.pretraining(both).num_heads == both.num_heads == (12,)
+    backbone = trained(tmp_path / "a", "vit")
+    assert "1 heads in pre-training, 2 in fine-tuning, as released" in capsys.readouterr().out
+    assert opened(backbone).blocks[0].attn.num_heads == 1
+    assert opened(backbone, num_heads=(2,)).blocks[0].attn.num_heads == 2
+    assert opened(tuned(tmp_path / "b", backbone)).blocks[0].attn.num_heads == 2
+    backbone = trained(tmp_path / "c", "vit", num_heads=(4,))
+    assert opened(backbone).blocks[0].attn.num_heads == 4
+    assert opened(tuned(tmp_path / "d", backbone)).blocks[0].attn.num_heads == 4
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_keep_norm(family: str, tmp_path: Path) -> None:
+    """The last norm is lost as released, or taken over under its new name."""
+    state = trained(tmp_path / "a", family)
+    learned = fastmim.read_checkpoint(state)["model"]["norm.weight"]
+    nudged = {"model": fastmim.read_checkpoint(state)["model"] | {"norm.weight": learned + 1}}
+    torch.save(nudged, tmp_path / "n.pth")
+    make = partial(BACKBONES[family], small(family), 3)
+    for keep in (False, True):
+        file = fastmim.read_checkpoint(tmp_path / "n.pth")
+        model, said = fastmim.load_weights(make, "n", file, True, keep)
+        wanted = learned + 1 if keep else torch.ones_like(learned)
+        assert torch.equal(model.fc_norm.weight, wanted) and ("fc_norm" in said) == (not keep)
+
+
+@each_family
+def test_drop_last(family: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The last block of the third stage is not pre-trained, and begins anew in fine-tuning."""
+    stage = small(family).drop_stage
+    backbone = trained(tmp_path / "a", family, drop_last=1)
+    encoder = opened(backbone)
+    assert encoder.config.depths[stage] == small(family).depths[stage] - 1
+    capsys.readouterr()
+    best = tuned(tmp_path / "b", backbone)
+    name = {"vit": "blocks.1", "swin": "layers.2.blocks.1", "pvtv2": "block3.1",
+            "cmt": "blocks_c.1"}[family]  # fmt: skip
+    assert f"new: {name}" in capsys.readouterr().out
+    assert opened(best).config.depths == small(family).depths
+    state = fastmim.read_checkpoint(backbone)
+    lost = {k: v for k, v in state["model"].items() if not fastmim.part_of(k).endswith(".0")}
+    torch.save({"model": lost}, tmp_path / "lost.pth")
+    with pytest.raises(InputError):
+        run("finetune", weights=str(tmp_path / "lost.pth"), model=FAMILIES[family])
+
+
+def test_sizes_are_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Pre-trained at 64 px, fine-tuned at 96: what depends on the size is fitted, and said."""
+    for family, said in (("vit", "positions interpolated"), ("swin", "bias tables remapped"),
+                         ("cmt", "relative positions fitted"), ("pvtv2", "")):  # fmt: skip
+        backbone = trained(tmp_path / family, family)
+        capsys.readouterr()
+        best = tuned(tmp_path / f"{family}96", backbone, input_size=96)
+        assert said in capsys.readouterr().out
+        model = opened(best)
+        assert model.config.input_size == 96 and model(pictures(size=96)).shape == (2, 10)
+
+
+# ── FastMIM-P ───────────────────────────────────────────────────────────────────────────
+
+PHASES = {"epochs": 3, "data_path": "drawn:16", "progressive": "64:0,96:1", "save_freq": 1}
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("64", "neither side:epoch"), ("64:0,x:1", "'x:1' is neither"), ("64:1", "rise from 0"),
+    ("64:0,96:1,64:1", "rise from 0"), ("64:0,96:3", "stay below the 3"),
+    ("64:0,96:1:0", "0 at a time"), ("64:0,72:1", "a multiple of 16"), ("64:0:1:2", "neither"),
+])  # fmt: skip
+def test_phases_that_cannot_be(text: str, said: str) -> None:
+    cfg = fastmim.configure("pretrain", model="test", epochs=3, progressive=text)
+    with pytest.raises(InputError, match=said):
+        fastmim.plan_phases(cfg, TEST)
+
+
+def test_blocks_in_pixels_or_in_cells() -> None:
+    config = fastmim.MODELS["swin_b"]
+    flags = {"model": "swin_b", "epochs": 400, "progressive": "128:0,160:200:64,192:300"}
+    phases = fastmim.plan_phases(fastmim.configure("pretrain", **flags), config)
+    assert [(p.config.block_size, p.config.blocks) for p in phases] == [(32, 4), (32, 5), (32, 6)]
+    assert [p.config.window(0) for p in phases] == [4, 5, 6]
+    assert [(p.start, p.end, p.batch_size) for p in phases] == [
+        (0, 200, 256), (200, 300, 64), (300, 400, 256)]  # fmt: skip
+    flags["progressive_blocks"] = "cells"
+    phases = fastmim.plan_phases(fastmim.configure("pretrain", **flags), config)
+    assert [(p.config.block_size, p.config.blocks) for p in phases] == [(32, 4), (40, 4), (48, 4)]
+    for phase in phases:
+        FastMIM(replace(phase.config, depths=(1, 1, 1, 1)))
+
+
+@each_family
+def test_a_phase_begins_where_the_last_ended(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Parameters are equal, or remapped; moments are kept, or zero for those of a new shape."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        enter = fastmim.enter_phase
+
+        def watch(cfg: object, process: object, parts: dict, args: dict, step: int) -> None:
+            path = tmp_path / "checkpoint-last.pth"
+            found["before"] = torch.load(path, weights_only=True)
+            enter(cfg, process, parts, args, step)
+            found["after"], found["parts"] = torch.load(path, weights_only=True), parts
+
+        patch.setattr(fastmim, "enter_phase", watch)
+        trained(tmp_path, family, **PHASES)
+    assert "phase 2 of 2, from epoch 1: 96 px" in capsys.readouterr().out
+    before, after = found["before"], found["after"]
+    assert (after["step"], after["args"]["phase"]) == (4, 1)
+    assert after["args"]["config"]["input_size"] == 96
+    changed = 0
+    for key, value in after["model"].items():
+        old = before["model"][key]
+        if value.shape == old.shape:
+            assert torch.equal(value, old), key
+            continue
+        changed += 1
+        if key == "pos_embed":
+            wanted = fastmim.sincos_table(value.shape[-1], 6, 6)
+        elif key.endswith("bias_table"):
+            wanted = fastmim.remap_table(old, int(len(value) ** 0.5))
+        else:
+            wanted = F.interpolate(old[None], value.shape[1:], mode="bicubic")[0]
+        assert torch.equal(value, wanted), key
+    assert changed == {"vit": 1, "swin": 5, "pvtv2": 0, "cmt": 4}[family]
+    parameters = [p for g in found["parts"]["optimizer"].param_groups for p in g["params"]]
+    fresh = 0
+    for i, moments in after["optimizer"]["state"].items():
+        assert moments["exp_avg"].shape == parameters[i].shape
+        old = before["optimizer"]["state"][i]
+        if old["exp_avg"].shape == parameters[i].shape:
+            assert all(torch.equal(moments[k], old[k]) for k in old)
+        else:
+            fresh += 1
+            assert not moments["exp_avg"].any() and not moments["step"]
+    assert fresh == (changed if family != "vit" else 0)
+    # The model of the end learned in the second phase, at its size.
+    end = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
+    assert end["step"] == 12 and len(end["log"]["records"]) == 3
+    assert fastmim.identify(fastmim.read_checkpoint(tmp_path / "backbone.pth"))[1].input_size == 96
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "cmt"])
+def test_a_run_stopped_in_any_phase_ends_the_same(family: str, tmp_path: Path) -> None:
+    """In the first phase, at its end before the next has a checkpoint, and in the second."""
+    from tests.scripts import assert_same_end, at_step
+
+    flags = PHASES | {"progressive": "64:0,96:1:2"}  # 4 steps an epoch, then 8
+    trained(tmp_path / "whole", family, **flags)
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    for number in (3, 7):  # steps of both phases are counted
+        with pytest.raises(Killed), at_step(fastmim, number, kill):
+            trained(tmp_path / "parts", family, **flags, save_every=0.0)
+    with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastmim, "enter_phase", kill)
+        trained(tmp_path / "edge", family, **flags)
+    for name in ("parts", "edge"):
+        trained(tmp_path / name, family, **flags)
+        assert_same_end(tmp_path / "whole", tmp_path / name)
+
+
+# ── commands ────────────────────────────────────────────────────────────────────────────
+
+
+def test_statistics_of_a_skipped_step_are_put_back(tmp_path: Path) -> None:
+    from tests.scripts import skip_steps
+
+    counts = {}
+    for name, bad in (("all", ()), ("skipped", (2,))):
+        with pytest.MonkeyPatch.context() as patch:
+            skip_steps(fastmim, lambda number, bad=bad: number in bad, patch)
+            trained(tmp_path / name, "cmt", data_path="drawn:16")
+        state = fastmim.read_checkpoint(tmp_path / name / "checkpoint-last.pth")["model"]
+        counts[name] = int(state["encoder.stem_norm1.num_batches_tracked"])
+    assert counts == {"all": 4, "skipped": 3}
+
+
+@pytest.mark.parametrize("target", ["hog", "pixel"])
+def test_pictures_show_what_is_visible(target: str) -> None:
+    """Painted where hidden, pasted where visible; strokes for HOG."""
+    config = small(target=target, norm_pix_loss=target == "hog")
+    model, mask, found = made(config), drawn_mask(config), {}
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastmim.data, "draw_columns", lambda columns, labels: found.update(
+            columns=columns, labels=labels))  # fmt: skip
+        fastmim.draw_reconstructions(model, pixels, mask)
+    columns, images = found["columns"], data.normalize(pixels)
+    assert len(columns) == len(found["labels"]) == (4 if target == "hog" else 3)
+    scale = 2 if target == "hog" else 1
+    hidden = fastmim.enlarge(torch.from_numpy(mask), 64 * scale).expand_as(columns[0])
+    assert torch.equal(columns[0], F.interpolate(images, scale_factor=float(scale)))
+    assert torch.equal(columns[1][~hidden], columns[0][~hidden])
+    assert torch.equal(columns[-1][~hidden], columns[-2 if target == "hog" else 0][~hidden])
+    token = model.mask_token.detach().expand_as(columns[1])
+    assert torch.equal(columns[1][hidden], token[hidden])
+
+
+def test_sync_bn_needs_gpus_and_processes() -> None:
+    model = classifier("cmt")
+    two = fastmim.Process(0, 2, CPU, torch.float32)
+    assert fastmim.synchronised(model, two, False) is model
+    assert fastmim.synchronised(model, replace(two, world_size=1), True) is model
+    with pytest.raises(InputError, match="--sync_bn"):
+        fastmim.synchronised(model, two, True)
+
+
+def test_recipes() -> None:
+    """The commands of the release, and ours where it has none."""
+    for model, pretrain, finetune in (
+        ("vit_b", (512, 800, 20.0, 100), (6e-4, 0.7)),
+        ("swin_b", (256, 400, 10.0, 50), (1e-3, 0.8)),
+        ("pvtv2_b2", (256, 800, 10.0, 100), (1e-3, 0.8)),
+        ("cmt_s", (256, 800, 10.0, 100), (1e-3, 0.8)),
+    ):
+        cfg = fastmim.configure("pretrain", model=model)
+        assert (cfg.batch_size, cfg.epochs, cfg.warmup_epochs, cfg.save_freq) == pretrain
+        cfg = fastmim.configure("finetune", model=model)
+        assert (cfg.blr, cfg.layer_decay) == finetune and cfg.input_size == 224
+    for model, window in (("swin_l", 14), ("swin_b", 7)):
+        cfg = fastmim.configure("finetune", model=model)
+        assert fastmim.choose_config(cfg, None)[1].window(0) == window
+
+
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("vit_b", (86_712_175, 85_697_283, 86_567_656)),
+    ("swin_b", (90_231_083, 86_698_107, 87_768_224)),
+    ("swin_l", (198_591_847, 194_927_799, 196_794_556)),
+    ("pvtv2_b2", (28_251_763, 24_849_859, 25_362_856)),
+    ("pvtv2_b5", (84_844_915, 81_443_011, 81_956_008)),
+    ("cmt_s", (27_461_491, 24_059_587, 26_256_160)),
+])  # fmt: skip
+def test_parameter_counts(name: str, parameters: tuple[int, int, int]) -> None:
+    """Of the release: pre-training, encoder and mask token, classifier at 224 px."""
+    config = fastmim.MODELS[name]
+    whole = on_meta(partial(FastMIM, config))
+    encoder = sum(p.numel() for p in whole.encoder.parameters()) + 3
+    tuned, _ = fastmim.choose_config(fastmim.configure("finetune", model=name), None)[::-1]
+    head = on_meta(partial(BACKBONES[config.family], tuned, 1000))
+    counts = [sum(p.numel() for p in m.parameters()) for m in (whole, head)]
+    assert (counts[0], encoder, counts[1]) == parameters
