@@ -1295,7 +1295,8 @@ def found_sizes(state: dict[str, Tensor], family: str, tuned: bool) -> dict[str,
         return {"patch_size": patch, "input_size": math.isqrt(len(state["pos_embed"][0])) * patch,
                 "global_pool": "norm.weight" not in state or not tuned}
     if family == "swin":
-        tables = [v for k, v in state.items() if k.endswith("blocks.0.attn.relative_position_bias_table")]
+        tables = [v for k, v in state.items()
+                  if k.endswith("blocks.0.attn.relative_position_bias_table")]
         first, last = ((math.isqrt(len(t)) + 1) // 2 for t in (tables[0], tables[-1]))
         # The last stage's window is its map, in every network of the release.
         return {"num_heads": tuple(t.shape[1] for t in tables),
