@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from tests.golden import (
     Fixture,
     check_after_step,
     check_gradients,
+    check_statistics,
     key_third,
     near,
     norms,
@@ -153,6 +155,11 @@ def near_in_norm(ours: Tensor, stored: np.ndarray, spread: float, message: str) 
     assert error <= max(OUTPUT, 4 * spread), f"{message} is off by {error}"
 
 
+def check_spread(x: Tensor, stored: np.ndarray) -> None:
+    """Mean, deviation, L2 norm."""
+    check_statistics(x, stored[[2, 0, 1]], OUTPUT, "statistics")
+
+
 def no_gradient(fixture: Fixture) -> Callable[[str, Tensor], Tensor]:
     """Which elements have a gradient of exactly zero: keys' biases and what a norm cancels."""
     listed = fixture.meta["f32_vs_f64"].get("grad_keys_numerically_zero", [])
@@ -223,6 +230,28 @@ def check_state(fixture: Fixture, model: nn.Module) -> None:
 # ── golden files: pre-training and classifiers ──────────────────────────────────────────
 
 
+@contextlib.contextmanager
+def layout_of_the_release(wanted: bool) -> Iterator[None]:
+    """Inside, maps of CMT lie in memory as in the release, if it is `wanted`.
+
+    On the CPU PyTorch (2.13 is one) takes the gradient of BatchNorm in evaluation mode from the
+    wrong places if there is one image and the gradient lies channels-last in memory: a bias then
+    gets another gradient than the sum over the map. The release meets that, so its stored gradients
+    of one image are not those of its loss (which `test_gradients_of_one_image` shows ours to be).
+    """
+    embed = fastmim.ConvEmbed.forward
+
+    def mlp(self: nn.Module, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        x = self.conv1(x.mT.unflatten(2, shape))
+        return self.conv2(self.proj_bn(F.gelu(x + self.proj(x)))).flatten(2).mT
+
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr(fastmim.InvertedMlp, "forward", mlp)
+            patch.setattr(fastmim.ConvEmbed, "forward", lambda self, x: embed(self, x.contiguous()))
+        yield
+
+
 def check_pretraining(fixture: Fixture) -> None:
     meta, images = fixture.meta, filled_inputs(fixture.meta)
     config = config_of(meta["model"], images.shape[-1])
@@ -242,10 +271,7 @@ def check_pretraining(fixture: Fixture) -> None:
         scale = max(1.0, np.abs(stored).max())
         near(target, stored, atol=1e-5 * scale, message="target")
     if "target_stats" in fixture:
-        mean, std, norm = fixture.take("target_stats")
-        x = target.double()
-        near([x.mean(), x.std(correction=0), x.norm()], [mean, std, norm],
-             atol=1e-6 * np.array([std, std, norm]))  # fmt: skip
+        check_spread(target, fixture.take("target_stats"))
         near(target[0, :64].flatten(1)[:, :16], fixture.take("target_slice"), atol=1e-5)
 
     sites = {name: site(model, name) for name, _ in meta["features"]}
@@ -256,16 +282,14 @@ def check_pretraining(fixture: Fixture) -> None:
         near_in_norm(prediction, fixture.take("pred"), spread["pred"][1], "pred")
     if "pred_slice" in fixture:
         near_in_norm(prediction[0, :2, :64], fixture.take("pred_slice"), spread["pred"][1], "slice")
-        mean, std, norm = fixture.take("pred_stats")
-        x = prediction.detach().double()
-        near([x.mean(), x.std(correction=0), x.norm()], [mean, std, norm],
-             atol=OUTPUT * np.array([std, std, norm]))  # fmt: skip
+        check_spread(prediction, fixture.take("pred_stats"))
     check_features(fixture, found)
     if "bn_after_forward_l2" in fixture:
         buffers = dict(model.named_buffers())
         ours = norms([buffers[key] for key in fixture.told("bn_after_keys")])
         near(ours, fixture.take("bn_after_forward_l2"), rtol=1e-5)
-    loss.backward()
+    with layout_of_the_release(meta["mode"] == "eval" and len(images) == 1):
+        model(images, mask)[0].backward()
     groups = fastmim.parameter_groups(model, meta["weight_decay"], undecayed=())
     check_training(fixture, model, groups, (0.9, 0.95))
 
@@ -285,7 +309,12 @@ def check_classifier(fixture: Fixture) -> None:
     with watched(sites) as found:
         logits = model(images)
     loss = F.cross_entropy(logits, soft)
-    near_in_norm(logits, fixture.take("pred"), meta["f32_vs_f64"]["pred"][1], "logits")
+    spread = meta["f32_vs_f64"]["pred"][1]
+    if "pred" in fixture:
+        near_in_norm(logits, fixture.take("pred"), spread, "logits")
+    if "pred_slice" in fixture:
+        near_in_norm(logits[:, :64], fixture.take("pred_slice"), spread, "slice")
+        check_spread(logits, fixture.take("pred_stats"))
     fixture.near("loss", loss, rtol=LOSS)
     check_features(fixture, found)
     loss.backward()
@@ -487,13 +516,16 @@ def check_initial(fixture: Fixture) -> None:
         for key, (mean, std, most) in zip(keys, fixture.take(name), strict=True):
             p = parameters[key].detach().double()
             ours, count = (p.mean(), p.std(correction=0), p.abs().max()), p.numel()
+            if count < 10:  # which tell nothing
+                assert max(abs(x) for x in ours) < 5 * most + 1e-9
+                continue
             if std < 1e-9:  # a constant
                 near(ours, [mean, 0, most], atol=1e-6, message=key)
                 continue
             # Six deviations of the estimates' own noise; their magnitudes are within a tenth.
             near(ours[0], mean, atol=6 * 1.5 * std / count**0.5, message=f"{name} {key} mean")
             near(ours[1], std, atol=6 * std / count**0.5, message=f"{name} {key} deviation")
-            assert count < 1000 or abs(ours[2] / most - 1) < 0.35, f"{name} {key} magnitude"
+            assert count < 10**5 or abs(ours[2] / most - 1) < 0.35, f"{name} {key} magnitude"
 
 
 def check_fixture(fixture: Fixture) -> None:
@@ -644,6 +676,30 @@ def test_learns_one_batch(family: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.4 * losses[0], losses[::10]
+
+
+def test_gradients_of_one_image() -> None:
+    """Of CMT in evaluation mode, by differences of the loss in float64."""
+    config = small("cmt")
+    model, images, mask = made(config).eval().double(), pictures(1).double(), drawn_mask(config, 1)
+
+    def loss() -> Tensor:
+        return model(images, mask)[0]
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(Tensor, "float", lambda x: x)
+        with torch.enable_grad():
+            loss().backward()
+        for name, p in model.named_parameters():
+            if name.endswith(("bn.bias", "conv2.1.bias", "sr.1.bias", "conv1.0.weight", "token")):
+                step = 1e-4 * torch.randn_like(p)
+                p += step
+                after = loss().item()
+                p -= 2 * step
+                rise = after - loss().item()
+                p += step
+                wanted = 2 * (p.grad * step).sum().item()
+                assert rise == pytest.approx(wanted, rel=1e-3, abs=1e-9), name
 
 
 def test_half_precision_leaves_the_target_alone() -> None:
