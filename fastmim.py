@@ -1036,12 +1036,16 @@ class PVTBlock(nn.Module):
 
 def draw_convolutions(module: nn.Module, by_group: bool) -> None:
     """Normal weights, of deviation sqrt(2 / (kernel^2 out / groups)), and no bias; CMT's release
-    leaves the groups out."""
+    leaves the groups out. Depth-wise ones are told to be channels-last, as their gradients are."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             fan = math.prod(conv.kernel_size) * conv.out_channels
             nn.init.normal_(conv.weight, std=math.sqrt(2 * (conv.groups if by_group else 1) / fan))
             nn.init.zeros_(conv.bias)
+            if conv.groups > 1:  # else DDP warns that strides differ, though memory does not
+                shape, (p, q) = conv.weight.shape, conv.kernel_size
+                weight = torch.empty_strided(shape, (p * q, 1, q, 1), device=conv.weight.device)
+                conv.weight.data = weight.copy_(conv.weight.data)
 
 
 class PVTv2(Backbone):
