@@ -1979,7 +1979,7 @@ def pretrain_phase(cfg: PretrainConfig, process: Process, file: dict | None, pha
 
     torch.manual_seed(cfg.seed)
     model, said = load_weights(partial(FastMIM, config), cfg.weights, file)
-    process.say(said and f"{said}; {describe(pretraining(config))}")
+    process.say(said and f"{said}; {in_words(pretraining(config))}")
     model = synchronised(model.to(process.device), process, cfg.sync_bn)
     model.encoder.grad_checkpoint = cfg.grad_checkpoint
     model.encoder.plan(side, side, process.device)
@@ -2045,7 +2045,7 @@ def accuracy(model: nn.Module, process: Process, source: data.ImageFiles, crop: 
             "test_acc5": 100 * top5 / count, "test_images": int(count)}
 
 
-def describe(config: ModelConfig) -> str:
+def in_words(config: ModelConfig) -> str:
     """What of its shape its name does not tell, in words."""
     words = [f"{config.input_size} px"]
     if config.family == "swin":
@@ -2081,7 +2081,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     torch.manual_seed(cfg.seed)
     make = partial(family, config, outputs, cfg.drop_path)
     model, said = load_weights(make, cfg.weights, file, True, cfg.keep_norm)
-    process.say(said and f"{said}; {describe(config)}")
+    process.say(said and f"{said}; {in_words(config)}")
     model = synchronised(model.to(process.device), process, cfg.sync_bn)
     if cfg.linear_probe:
         model.requires_grad_(False).head.requires_grad_(True)
@@ -2148,7 +2148,7 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     if outputs and not head:
         model.head = nn.Identity()
     shown = replace(pretraining(config) if whole else config, input_size=size)
-    process.say(f"{said}; {name}, {describe(shown)}")
+    process.say(f"{said}; {name}, {in_words(shown)}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
 
 
