@@ -367,7 +367,7 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     if "num_heads" in changes:
         changes["pretrain_heads"] = ()
     config = replace(base, **changes)
-    stages, width = len(config.depths), config.decoder_dim
+    stages = len(config.depths)
     if isinstance(config.input_size, tuple):
         raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
     check_size(config.input_size, config.stride)
@@ -381,6 +381,14 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     if config.drop_last >= config.depths[config.drop_stage]:
         raise InputError(f"--drop_last {config.drop_last} leaves nothing of the "
                          f"{config.depths[config.drop_stage]} blocks it is to shorten")
+    if config.family == "swin":
+        check_window_size(config)
+    return config
+
+
+def check_masking(config: ModelConfig) -> None:
+    """InputError if blocks, target or decoder do not fit the network; only pre-training asks."""
+    width = config.decoder_dim
     if config.input_size % config.block_size or config.block_size % config.cell:
         fits = [b for b in range(config.cell, config.input_size)
                 if config.input_size % b == 0 and b % config.cell == 0]
@@ -396,9 +404,6 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     if config.decoder_depth == 0 and width != config.embed_dims[-1]:
         raise InputError(f"--decoder_depth 0 needs --decoder_dim {config.embed_dims[-1]}, the "
                          "width of the encoder")
-    if config.family == "swin":
-        check_window_size(config)
-    return config
 
 
 def check_window_size(config: ModelConfig) -> None:
@@ -514,6 +519,7 @@ class FastMIM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        check_masking(config)
         self.config = config
         plain, width = config.family == "vit", config.decoder_dim
         eps = 1e-6 if plain else 1e-5
@@ -1874,6 +1880,7 @@ class Phase:
 def plan_phases(cfg: PretrainConfig, config: ModelConfig) -> list[Phase]:
     """The phases of `--progressive`, or the only one; InputError says what does not fit."""
     if not cfg.progressive:
+        check_masking(config)
         return [Phase(0, 0, cfg.epochs, cfg.batch_size, config)]
     flag, rows = f"--progressive {cfg.progressive}", []
     for part in cfg.progressive.split(","):
@@ -1898,6 +1905,10 @@ def plan_phases(cfg: PretrainConfig, config: ModelConfig) -> list[Phase]:
             raise InputError(f"{flag}: no images of {side} px, {batch} at a time")
         end = starts[number + 1] if number + 1 < len(rows) else cfg.epochs
         there = model_config(config, input_size=side, block_size=block)
+        check_masking(there)
+        if there.cell != config.cell:
+            raise InputError(f"{flag}: patches to predict would change from {config.cell} to "
+                             f"{there.cell} px; --target hog works")
         phases.append(Phase(number, start, end, batch, there))
     return phases
 
@@ -2332,6 +2343,19 @@ def features(cfg: UseConfig) -> dict:
     return {"output": str(output)} | {k: list(v.shape) for k, v in arrays.items()}
 
 
+def step_speed(config: ModelConfig, process: Process) -> float:
+    """Images a second, forward and backward, of batches of 32."""
+    model, seconds = FastMIM(config).to(process.device), []
+    images = torch.randn(32, 3, config.input_size, config.input_size, device=process.device)
+    for step in range(6):
+        began = time.perf_counter()
+        loss, _ = model(images, draw_blocks(config, 0.75, len(images), (0, step)))
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return len(images) / min(seconds)
+
+
 def demo(cfg: UseConfig) -> dict:
     """Pre-train a small model on built-in images; fine-tune it and a from-scratch twin. By --model
     demo_swin a Swin."""
@@ -2345,10 +2369,12 @@ def demo(cfg: UseConfig) -> dict:
     start = {"model": export_state(FastMIM(config).encoder, "official")}
     if process.rank == 0:
         data.save_file(output / "start.pth", partial(torch.save, start))
-    record = pretrain(PretrainConfig(
+    pretrain(PretrainConfig(
         **both, data_path="drawn:8192", output_dir=str(output / "pretrain"), batch_size=64,
         epochs=4, warmup_epochs=1, lr=2e-3))
-    result = {"images_per_second": {config.input_size: round(record["images_per_second"], 1)}}
+    result = {"images_per_second": {
+        size: round(step_speed(replace(config, input_size=size), process), 1)
+        for size in (config.input_size, config.input_size // 2)}}
     for tried, weights in (("pretrained", "pretrain/backbone.pth"), ("scratch", "start.pth")):
         tested = finetune(FinetuneConfig(
             **both, input_size=config.input_size, data_path="drawn:1000",

@@ -730,7 +730,7 @@ def test_what_does_not_fit_is_said() -> None:
         ({"patch_size": 4}, "--target pixel works"), ({"input_size": (64, 96)}, "are square"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
-            small(**changes)
+            fastmim.check_masking(small(**changes))
     with pytest.raises(InputError, match=r"--window_size 7 does not divide .* 128 px; .*2, 4, 8"):
         fastmim.model_config(fastmim.MODELS["swin_b"], window_size=7)
 
@@ -950,6 +950,14 @@ def test_a_released_file(family: str, tmp_path: Path) -> None:
         encoder = fastmim.load_backbone(path)
         for key, value in encoder.state_dict().items():
             assert torch.equal(value, state[prefix + key]), key
+
+
+def test_blocks_are_of_no_concern_to_fine_tuning(tmp_path: Path) -> None:
+    backbone = trained(tmp_path / "a", "vit", block_size=32, epochs=1)
+    best = tuned(tmp_path / "b", backbone, input_size=80)
+    assert opened(best).config.input_size == 80
+    with pytest.raises(InputError, match="--block_size 32"):
+        run("pretrain", model="test", block_size=32, input_size=80)
 
 
 def test_heads_of_vit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
