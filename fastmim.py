@@ -702,7 +702,9 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 class Backbone(nn.Module):
     """What the four have in common. With `num_classes` it is the classifier that fine-tuning
-    trains, without it the encoder that was pre-trained; the two differ in their last norms."""
+    trains, without it the encoder that was pre-trained; the two differ in their last norms. Each
+    has `stages`: (B, 3, H, W) -> tokens (B, N, C) of each stage, and `tokens`: those behind the
+    last norm, which a decoder sees."""
 
     def __init__(self, config: ModelConfig, num_classes: int = 0) -> None:
         super().__init__()
@@ -742,14 +744,6 @@ class Backbone(nn.Module):
             return block(*inputs)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (
             contextlib.nullcontext(), frozen_statistics(block)))
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> tokens (B, N, C) of each stage."""
-        raise NotImplementedError
-
-    def tokens(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, C) behind the last norm, what a decoder sees."""
-        raise NotImplementedError
 
     def pooled(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C), what a head sees."""
@@ -1287,7 +1281,7 @@ def identify(file: dict) -> tuple[str, ModelConfig]:
             depths[stage], dims[stage] = depths.get(stage, 0) + 1, len(value)
     tuned = "head.weight" in state
     shape = {"family": family, "embed_dims": tuple(dims.values()), "depths": tuple(depths.values())}
-    shape |= found_sizes(state, family, tuned)
+    shape |= {"mlp_ratios": (4.0,) * len(depths)} | found_sizes(state, family, tuned)
     if "decoder_pred.weight" in file["model"]:
         blocks = {k.split(".")[1] for k in file["model"] if k.startswith("decoder_blocks.")}
         channels, width = file["model"]["decoder_pred.weight"].shape
