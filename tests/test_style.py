@@ -28,7 +28,7 @@ README = ROOT / "README.md"
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
     "greenmim.py": 1741, "mixmae.py": 1811, "hpvit.py": 1825, "distill_lite.py": 1850,
-    "fastmim.py": 2500,
+    "fastmim.py": 2510,
 }  # fmt: skip
 COMMON_LINES = 1310  # all modules together
 FUNCTION_LINES = 60
