@@ -41,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill_lite
+import fastmim
 import greenmim
 import hpvit
 import mixmae
@@ -362,12 +363,31 @@ def distilled_work(args: argparse.Namespace, device: torch.device, row: int) -> 
     )  # fmt: skip
 
 
+def fastmim_work(
+    args: argparse.Namespace, device: torch.device, name: str, size: int, target: str = "hog"
+) -> Workload:
+    """Pre-training of one backbone, of images of one size."""
+    config = fastmim.model_config(fastmim.MODELS[name], input_size=size, target=target)
+    model = fastmim.FastMIM(config).to(device)
+
+    return Workload(
+        f"{name}, {size} px, {target}", model, size, slowness=3,
+        plan=lambda number: fastmim.draw_blocks(config, 0.75, args.batch_size, (0, number, 0, 1)),
+        loss=lambda images, mask: model(images, mask)[0],
+    )  # fmt: skip
+
+
 METHODS: dict[str, list[Callable[[argparse.Namespace, torch.device], Workload]]] = {
     "greenmim": [greenmim_work, partial(dense_work, small=False), partial(dense_work, small=True)],
     "mixmae": [partial(mixmae_work, masked=False), partial(mixmae_work, masked=True), unmixed_work],
     "hpvit": [mae_work, *(partial(hierarchy_work, label=label, size=size)
                           for size in (224, 512) for label in HIERARCHIES)],
     "distill_lite": [partial(distilled_work, row=row) for row in range(len(DISTILLED))],
+    "fastmim": [
+        partial(fastmim_work, name=name, size=size, target=target)
+        for name in ("vit_b", "swin_b", "pvtv2_b2", "cmt_s")
+        for size, target in ((128, "hog"), (128, "pixel"), (192, "hog"), (224, "hog"))
+    ],
 }
 
 
@@ -392,8 +412,9 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
     header = ["step", "dtype", "images/s", "planning s", "data s", "forward s", "backward s",
               "optimizer s", "planning", "peak GB", "GMAC/image", "product GFLOP/s", "share",
               "fixed share", "speed ratio", "memory ratio"]  # fmt: skip
-    named = f", {args.model}, batch {args.batch_size}"
-    named = method + {"hpvit": "", "distill_lite": f", batch {args.batch_size}"}.get(method, named)
+    batch = f", batch {args.batch_size}"
+    named = f", {args.model}{batch}"
+    named = method + {"hpvit": "", "distill_lite": batch, "fastmim": batch}.get(method, named)
     counted, first = "counted in a forward pass, times three", "first row of the dtype"
     if method == "distill_lite":  # a share of fp32 says nothing of a teacher in bf16
         counted, first = "executed, the teacher's too", "student alone, or its teacher in fp32"

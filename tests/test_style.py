@@ -28,9 +28,9 @@ README = ROOT / "README.md"
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
     "greenmim.py": 1746, "mixmae.py": 1817, "hpvit.py": 1845, "distill_lite.py": 2478,
-    "fastmim.py": 2000,
+    "fastmim.py": 2510,
 }  # fmt: skip
-COMMON_LINES = 1200  # all modules together
+COMMON_LINES = 1310  # all modules together
 FUNCTION_LINES = 60
 LOOP_LINES = 90
 LOOPS = ("train", "pretrain", "finetune")
@@ -48,7 +48,10 @@ BANNERS = (
     "distributed and optimisation", "pre-training", "fine-tuning", "other commands",
     "command line",
 )  # fmt: skip
-EXTRA_BANNERS = ("planning", "training loop")
+EXTRA_BANNERS = ("planning", "training loop", *(
+    f"backbone {name}" for name in ("vit", "swin", "pvtv2", "cmt")))  # fmt: skip
+# Of fastmim.py, whose method is the same for four backbones, and stands before them.
+METHOD_FIRST = ("config", "masking", "decoder and target", "model", "layers", "encoder")
 
 # Names that stand for something else in each script; every other shared name is one source.
 DIFFERENT = {
@@ -308,11 +311,12 @@ def test_function_size(path: Path) -> None:
 @each_script
 def test_banners(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if line.startswith("# ──")]
-    titles = [re.fullmatch(r"# ── ([a-z -]+) ─+", line) for line in lines]
+    titles = [re.fullmatch(r"# ── ([a-z0-9 -]+) ─+", line) for line in lines]
     assert all(titles), "a banner reads '# ── title ───'"
     assert {len(line) for line in lines} == {BANNER_WIDTH}
     known = [title[1] for title in titles if title[1] not in EXTRA_BANNERS]
-    assert known == list(BANNERS)
+    order = METHOD_FIRST if path.name == "fastmim.py" else BANNERS[: len(METHOD_FIRST)]
+    assert known == [*order, *BANNERS[len(METHOD_FIRST) :]]
 
 
 @each_script
