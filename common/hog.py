@@ -47,7 +47,7 @@ def hog(
         # From the vertical axis, as released (the textbook's arguments are the other way round),
         # in bins: [-bins, bins]. Opposite directions share a bin.
         phase = torch.atan2(gx, gy) / math.pi * bins
-        index = phase.floor().long().remainder(bins)
+        index = phase.floor().remainder(bins).long()
         magnitude = (gx.square() + gy.square()).sqrt()
         if gaussian_window:
             window = gaussian(gaussian_window).to(images.device)
