@@ -369,6 +369,7 @@ def known_model(name: str) -> str:
 
 def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     """`base` with `changes` (None = keep); checks that all fit together."""
+    base = without_teacher(base) if changes.get("distill") == "none" else base
     config = replace(base, **{k: v for k, v in changes.items() if v is not None})
     vit, depth = config.kind == "vit", sum(config.depths)
     if isinstance(config.input_size, tuple):
@@ -1126,6 +1127,7 @@ def imitation(ours: Tensor, theirs: Tensor, adapters: nn.ModuleDict, name: str) 
 # Computed here, so neither needed from a file nor saved.
 INDEX_BUFFERS = ("relative_position_index",)
 AROUND = ("tch_model.", "attn_adapter.", "hidden_adapter.")  # what stands beside "model."
+HIERA_HEADS = {112: 2, 144: 2, 256: 4}  # in stage 1, by width: Hiera-B+, L, H, not in `MODELS`
 PRETRAINING = ("decoder_", "mask_token", "encoder_norm.", "multi_scale_fusion_heads.")
 TEACHERS = {"vit": "mae_pretrain_vit_base.pth of facebookresearch/mae, MAE ViT-B",
             "hiera": "mae_hiera_base_224.pth of facebookresearch/hiera, Hiera-B"}
@@ -1212,7 +1214,8 @@ def told_by_shapes(state: dict[str, Tensor]) -> dict[str, object]:
         side = math.isqrt(state["pos_embed"].shape[1] - vit)
         found["input_size"] = side * (patch if vit else (patch + 1) // 2)
     if not vit:
-        return found
+        heads = HIERA_HEADS.get(dim)
+        return found | ({"num_heads": heads} if heads else {})
     tables = [state.get(f"{at}.relative_position_bias_table")
               for at in ("blocks.0.attn", "rel_pos_bias")]
     own, shared = (table is not None for table in tables)
@@ -1290,13 +1293,17 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
 
 def fit_network(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a network for another of its kind, and what was done: tables interpolated, biases
-    parted or joined; left out what only pre-training has, or the norm before another head."""
+    parted or joined; left out what only pre-training has, the norm before another head, or a second
+    head."""
     own, config, notes = model.state_dict(), model.config, []
     cut = f"blocks.{sum(config.depths)}."
     state = {k: v for k, v in state.items() if not k.startswith(cut) or k in own}
     if not isinstance(model, MaskedDecoder):
         state = {k: v for k, v in state.items()
                  if k in own or not k.startswith(("norm.", "fc_norm."))}
+        if "head_dist.weight" in state.keys() - own.keys():
+            state = {k: v for k, v in state.items() if not k.startswith(("dist_norm", "head_dist"))}
+            notes.append("its second head left out")
     if config.kind == "vit" and not config.abs_pos:
         state.pop("pos_embed", None)
     for i in range(sum(config.depths)):
@@ -1346,7 +1353,7 @@ def load_teacher(path: str, config: ModelConfig) -> tuple[nn.Module, str]:
         theirs = replace(theirs, input_size=config.input_size)
         layer_pairs(config, theirs)  # before anything is loaded
     teacher, said = load_weights(partial(teacher_model, theirs), path, file)
-    return teacher.requires_grad_(False).eval(), f"teacher {name}: {said}"
+    return teacher.requires_grad_(False).eval(), f"teacher {name}, {theirs.num_heads} heads: {said}"
 
 
 def export_state(model: nn.Module, naming: str = "official") -> dict[str, Tensor]:
@@ -1748,6 +1755,7 @@ def pretrain(cfg: PretrainConfig) -> dict:
         teacher = lower(teacher, dtype or process.dtype).to(process.device)
     elif cfg.teacher or cfg.teacher_dtype:
         raise InputError("--teacher needs --distill attention or decoupled")
+    check_of_use(cfg, config)
     crop = data.TrainCrop(
         config.input_size, (cfg.crop_min, 1.0), "random", fast_decode=cfg.fast_decode)
     cfg, loader, lr, args = prepare(replace(cfg, model=name), process, config, "", crop, 256)
@@ -1792,6 +1800,17 @@ def pretrain(cfg: PretrainConfig) -> dict:
     if not cfg.data_path:
         process.say("dry run: to pre-train on your images, give --data_path FOLDER")
     return record
+
+
+def check_of_use(cfg: PretrainConfig, config: ModelConfig) -> None:
+    """InputError if a flag of distillation was given that would change nothing."""
+    for flags, used, needed in (
+            ("decode_depth", config.distill == "decoupled", "--distill decoupled"),
+            ("attn_weight attn_adapter", config.distill != "none", "--distill attention"),
+            ("hidden_weight hidden_adapter", config.hidden_layers, "--hidden_layers")):
+        for flag in flags.split():
+            if getattr(cfg, flag) is not None and not used:
+                raise InputError(f"--{flag} is of no use without {needed}")
 
 
 def lower(teacher: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -1867,6 +1886,8 @@ def class_teacher(path: str, device: torch.device) -> Callable[[Tensor], Tensor]
             teacher = getattr(importlib.import_module(module), name)()
         finally:
             sys.path.pop(0)
+        if not callable(teacher):
+            raise ValueError(f"it returns a {type(teacher).__name__}, not a classifier")
         if isinstance(teacher, nn.Module):
             teacher = teacher.to(device).requires_grad_(False).eval()
         return teacher
@@ -1876,6 +1897,9 @@ def two_headed_loss(logits: Tensor, second: Tensor, targets: Tensor, answer: Ten
                     cfg: FinetuneConfig) -> Tensor:
     """Cross-entropy of the first head, and what the second has to learn of another classifier's
     `answer` (B, classes): its choice, or its probabilities at a temperature."""
+    if answer.shape != second.shape:
+        raise InputError(f"--class_teacher answers {tuple(answer.shape)} for "
+                         f"{tuple(second.shape)} images and classes: they must be the same classes")
     if cfg.class_distill == "hard":
         learned = F.cross_entropy(second, answer.argmax(1))
     else:
@@ -2149,9 +2173,10 @@ def export(cfg: UseConfig) -> dict:
     if cfg.naming == "timm" and plain != ("none", "qkv", True, 0.0, False):
         raise InputError("--naming timm: timm's ViT has no relative position bias, biases of its "
                          "own for queries and values, or second head on the class token beside a "
-                         "mean of patches; official works")
+                         "mean of patches, and names layer scale otherwise; official works")
     state, timm = export_state(model, cfg.naming), cfg.naming == "timm"
-    result = save_state(process, output, state, state if timm else {"model": state})
+    content = {"model": state} | ({"model_state": state} if config.kind == "hiera" else {})
+    result = save_state(process, output, state, state if timm else content)  # Hiera's own key, too
     process.say(timm_call(model) if timm else "")
     return result
 
@@ -2300,6 +2325,7 @@ def draw_analysis(arrays: dict[str, np.ndarray], names: Sequence[str]) -> Image.
     cell, top, widths = 34, 64, [max(400, 60 + 34 * v.shape[1]) for v in arrays.values()]
     height = top + cell * max(map(len, arrays.values())) + 10
     picture = Image.new("RGB", (sum(widths), height), "white")
+    names = [name if len(name) <= 32 else f"...{name[-29:]}" for name in names]  # two fit in a line
     draw, anchors = ImageDraw.Draw(picture), [(48, 18, 84), (33, 144, 140), (253, 231, 37)]
     for x0, (name, values) in zip(np.cumsum([10, *widths[:-1]]), arrays.items(), strict=True):
         what = "entropy of attention, nats" if "entropy" in name else "distance of attention, px"
@@ -2390,7 +2416,8 @@ def fit(hint: object, value: object) -> object:
         raise ValueError(f"is not of type {hint.__name__}")
     if origin is Literal or not options:
         return value
-    if type(None) in options and value in (None, "none"):  # from here on, hint is a union
+    own = typing.get_args(options[0])  # of a union, from here on; "none" may be one of them
+    if type(None) in options and (value is None or (value == "none" and "none" not in own)):
         return None
     pair = value.split("x") if isinstance(value, str) else value
     if tuple[int, int] in options and isinstance(pair, tuple | list) and len(pair) == 2:

@@ -1729,7 +1729,8 @@ def fit(hint: object, value: object) -> object:
         raise ValueError(f"is not of type {hint.__name__}")
     if origin is Literal or not options:
         return value
-    if type(None) in options and value in (None, "none"):  # from here on, hint is a union
+    own = typing.get_args(options[0])  # of a union, from here on; "none" may be one of them
+    if type(None) in options and (value is None or (value == "none" and "none" not in own)):
         return None
     pair = value.split("x") if isinstance(value, str) else value
     if tuple[int, int] in options and isinstance(pair, tuple | list) and len(pair) == 2:

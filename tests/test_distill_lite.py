@@ -855,6 +855,18 @@ def test_a_hiera_teacher_is_asked_for_global_attention() -> None:
         distill_lite.layer_pairs(config, HIERA_TEACHER)
 
 
+@pytest.mark.parametrize(("flags", "wanted"), [
+    ({"decode_depth": 2}, "--decode_depth is of no use without --distill decoupled"),
+    ({"attn_weight": 2.0}, "--attn_weight is of no use without --distill attention"),
+    ({"attn_adapter": False}, "--attn_adapter is of no use"),
+    ({"hidden_weight": 2.0}, "--hidden_weight is of no use without --hidden_layers"),
+    ({"hidden_adapter": False}, "--hidden_adapter is of no use without --hidden_layers"),
+])  # fmt: skip
+def test_flags_of_no_use_are_refused(flags: dict, wanted: str) -> None:
+    with pytest.raises(InputError, match=wanted):
+        run("pretrain", model="test", **flags)
+
+
 # ── Hiera by its definition ─────────────────────────────────────────────────────────────
 
 
@@ -1178,6 +1190,65 @@ def test_shapes_tell_every_model(name: str) -> None:
         assert (found, there) == (name, config)
 
 
+def test_a_second_head_is_left_out_where_there_is_none(tmp_path: Path) -> None:
+    """As a backbone, in `analyse`, and to fine-tune a classifier with one head; and said."""
+    config = replace(TEST, two_heads=True)
+    model = fill(distill_lite.classifier(config, 10), 3).eval()
+    path = str(our_file(model, config, tmp_path / "two.pth"))
+    near(distill_lite.load_backbone(path)(pictures(TEST)).detach(),
+         model.fc_norm(model.look(pictures(TEST), [3])[0][3][:, 1:].mean(1)).detach(), atol=1e-6)
+    again, said = load(partial(distill_lite.classifier, TEST, 10), Path(path), fresh_head=True)
+    assert said.endswith("its second head left out")
+    assert torch.equal(again.head.weight, model.head.weight)
+    run("finetune", **SHORT, weights=path, output_dir=str(tmp_path / "tuned"))
+    answer = run("analyse", weights=path, data_path="drawn:8", batch_size=4,
+                 output=str(tmp_path / "a.npz"))  # fmt: skip
+    assert answer["cka"] == [4, 4]
+
+
+def test_none_is_a_choice_of_its_own(tmp_path: Path) -> None:
+    """`--distill none` and `--rpe none` are not "as the file has it", whatever it distilled."""
+    for command, flag in (("pretrain", "distill"), ("finetune", "rpe")):
+        for value in ("none", None):
+            cfg = distill_lite.configure(command, model="test", **{flag: value})
+            assert getattr(cfg, flag) == value
+    assert distill_lite.configure("finetune", clip_grad="none").clip_grad is None
+    assert distill_lite.configure("finetune", recipe="rpe", rpe="none").rpe == "none"
+    config = distill_lite.model_config(
+        TEST, distill="decoupled", attn_layers=(2, 4), teacher_attn_layers=(2, 3))
+    path = our_file(build(config), config, tmp_path / "d2.pth")
+    flags = SHORT | {"output_dir": str(tmp_path / "plain"), "weights": str(path)}
+    with pytest.raises(InputError, match="--teacher FILE"):
+        run("pretrain", **flags)
+    run("pretrain", **flags, distill="none")
+    file = torch.load(tmp_path / "plain" / "checkpoint-last.pth", weights_only=True)
+    there = file["args"]["config"]
+    assert (there["distill"], there["attn_layers"]) == ("none", ())
+    assert not [k for k in file["model"] if k.startswith("model.blocks.3.")]
+
+
+def test_hiera_is_exported_for_its_own_loader(tmp_path: Path) -> None:
+    """Which wants `model_state`; a ViT stands under `model`, as MAE's."""
+    for name, keys in (("test_hiera", {"model", "model_state"}), ("test", {"model"})):
+        model = fill(distill_lite.classifier(MODELS[name], 5), 1)
+        path = our_file(model, MODELS[name], tmp_path / "a.pth", name)
+        run("export", weights=str(path), output=str(tmp_path / "b.pth"))
+        file = torch.load(tmp_path / "b.pth", weights_only=True)
+        assert file.keys() == keys
+        assert all(equal(state, dict(model.state_dict())) for state in file.values())
+
+
+@pytest.mark.parametrize(("width", "heads", "depths"), [
+    (112, 2, (2, 3, 16, 3)), (144, 2, (2, 6, 36, 4)), (256, 4, (2, 6, 36, 4))])  # fmt: skip
+def test_heads_of_larger_hieras(width: int, heads: int, depths: tuple[int, ...]) -> None:
+    """Which shapes do not show: as teachers they would answer wrongly, without a word."""
+    config = replace(MODELS["hiera_base"], embed_dim=width, num_heads=heads, depths=depths)
+    for make in (distill_lite.masked_model, distill_lite.teacher_model):
+        state = dict(on_meta(partial(make, config)).state_dict())
+        found = distill_lite.identify({"args": {}, "model": state})[1]
+        assert (found.num_heads, found.embed_dim, found.depths) == (heads, width, depths)
+
+
 POSITIONS, TABLE = "pos_embed", "blocks.0.attn.relative_position_bias_table"
 ODD = {
     "no positions": {POSITIONS: None}, "positions 0d": {POSITIONS: torch.tensor(1.0)},
@@ -1279,16 +1350,20 @@ def test_initialisation() -> None:  # spec, section 5
     assert adapter.weight.shape == (8, 2, 1, 1) and adapter.weight.abs().max() <= 2**-0.5
     hiera = distill_lite.masked_model(replace(HIERA, embed_dim=16))
     check_linear(hiera, None, 0.0, "$^")
-    for table in (hiera.pos_embed, hiera.decoder_pos_embed):
+    for table in (hiera.pos_embed, hiera.decoder_pos_embed, hiera.mask_token):
         assert spread(table, 0.02)
+    edge = math.sqrt(6 / (16 + 147))
+    assert spread(hiera.patch_embed.proj.weight, edge / math.sqrt(3), edge)
     for head in hiera.multi_scale_fusion_heads:
         edge = 1 / math.sqrt(head.weight[0].numel())
         assert spread(head.weight, edge / math.sqrt(3), edge)
     tuned = distill_lite.classifier(replace(HIERA, embed_dim=16), 100)
     check_linear(tuned, 0.02, 0.02, "head")
+    assert spread(tuned.patch_embed.proj.weight, 0.02) and spread(tuned.pos_embed, 0.02)
     assert spread(tuned.head.projection.weight, 2e-5) and (tuned.head.projection.bias == 2e-5).all()
     plain = distill_lite.classifier(replace(TEST, embed_dim=64), 100)
     check_linear(plain, 0.02, 0.0, "$^")
+    assert spread(plain.cls_token, 0.02)
     assert spread(plain.pos_embed, 0.02) and spread(plain.patch_embed.proj.bias,
                                                     1 / math.sqrt(3 * 768))
     config = replace(TEST, embed_dim=64, rpe="both", qkv_bias="qv", layer_scale=0.1)
@@ -1392,6 +1467,12 @@ class Brightness(torch.nn.Module):
 
 def bright():
     return Brightness()
+
+def many():
+    return lambda images: torch.arange(1000.0).expand(len(images), -1)
+
+def number():
+    return 3
 """
 
 
@@ -1409,6 +1490,11 @@ def test_two_heads_learn_from_a_classifier(
     for wrong in ("mine_to_learn_from:dark", "there_is_no_such:thing", "mine_to_learn_from"):
         with pytest.raises(InputError, match=re.escape(wrong)):
             run("finetune", **SHORT, class_teacher=wrong, output_dir="no")
+    for name, wanted in (("many", r"\(4, 1000\) for \(4, 10\)"), ("number", "returns a int")):
+        for how in ("hard", "soft"):
+            with pytest.raises(InputError, match=wanted):
+                run("finetune", **SHORT, class_teacher=f"mine_to_learn_from:{name}",
+                    class_distill=how, output_dir=f"no_{name}_{how}")  # fmt: skip
     for wrong in ({"model": "test_hiera"}, {"linear_probe": True}):
         with pytest.raises(InputError, match="--class_teacher"):
             run("finetune", **SHORT | wrong, output_dir="no",
@@ -1426,6 +1512,119 @@ def test_sgd_resumes(tmp_path: Path) -> None:
             for k in ("whole", "parts")]  # fmt: skip
     assert equal(ends[0]["model"], ends[1]["model"])
     assert equal(ends[0]["optimizer"], ends[1]["optimizer"])
+
+
+class Stop(Exception):
+    """Raised where training would begin."""
+
+
+def set_up(monkeypatch: pytest.MonkeyPatch, command: str, **flags: object) -> dict:
+    """What the loop is given by a command: parts, loader, schedule."""
+    seen = {}
+
+    def stop(cfg: object, process: object, parts: dict, loader: object, args: dict,
+             schedule: Callable, loss_of: Callable, *_: object) -> None:  # fmt: skip
+        seen.update(parts, loader=loader, schedule=schedule, loss_of=loss_of)
+        raise Stop
+
+    monkeypatch.setattr(distill_lite, "train", stop)
+    usual = {"model": "test", "data_path": "drawn:2560", "batch_size": 256, "epochs": 8,
+             "warmup_epochs": 2, "blr": 1e-3}  # fmt: skip
+    with pytest.raises(Stop):
+        run(command, **usual | flags)
+    groups = {id(p): g for g in seen["optimizer"].param_groups for p in g["params"]}
+    return seen | {"of": {name: groups[id(p)] for name, p in seen["model"].named_parameters()}}
+
+
+@pytest.mark.parametrize("model", ["test", "test_hiera"])
+def test_pretraining_is_set_up_as_published(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spec, section 6: betas, decay of tokens and learned tables, crops, the first rate 0."""
+    seen = set_up(monkeypatch, "pretrain", model=model)
+    of, crop = seen["of"], seen["loader"].transform
+    assert all(g["betas"] == (0.9, 0.95) and g["eps"] == 1e-8 and g["lr_scale"] == 1
+               for g in seen["optimizer"].param_groups)  # fmt: skip
+    for name, group in of.items():
+        assert group["weight_decay"] == (0.0 if name.endswith((".bias", "norm1.weight",
+            "norm2.weight", "norm.weight")) else 0.05), name  # fmt: skip
+    decayed = {"mask_token", *(("cls_token",) if model == "test" else (
+        "pos_embed", "decoder_pos_embed"))}
+    assert {f"model.{name}" for name in decayed} <= of.keys()
+    assert (crop.scale, crop.interpolation, crop.flip, crop.augment) == (
+        (0.08, 1.0), "random", 0.5, None)
+    rates = [seen["schedule"](step, 1.0) for step in (0, 10, 20, 50, 80)]  # ten steps an epoch
+    near(rates, [0, 0.5e-3, 1e-3, 0.5e-3, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("model", ["test", "test_hiera"])
+def test_finetuning_is_set_up_as_published(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spec, section 7: betas, decay by layer with its floor, drop path, crops and policy."""
+    seen = set_up(monkeypatch, "finetune", model=model, drop_path=0.3)
+    of, crop = seen["of"], seen["loader"].transform
+    assert all(g["betas"] == (0.9, 0.999) and g["eps"] == 1e-8
+               for g in seen["optimizer"].param_groups)  # fmt: skip
+    depth = len(seen["model"].blocks)
+    assert of["pos_embed"]["weight_decay"] == 0
+    assert of["pos_embed"]["lr_scale"] == pytest.approx(0.85 ** (depth + 1))
+    assert of["blocks.1.mlp.fc1.weight"]["lr_scale"] == pytest.approx(0.85 ** (depth - 1))
+    rates = [block.drop_path for block in seen["model"].blocks]
+    near(rates, np.arange(depth) * 0.3 / (depth - 1), atol=1e-12)
+    assert (crop.scale, crop.interpolation, crop.flip) == ((0.08, 1.0), "bicubic", 0.5)
+    assert crop.augment is not None
+    rates = [seen["schedule"](step, 0.5) for step in (0, 10, 20, 50, 80)]
+    near(rates, [0, 0.25e-3, 0.5e-3, 0.5 * (0.5e-3 + 0.5e-6), 0.5e-6], atol=1e-12)
+    seen = set_up(monkeypatch, "finetune", model=model, recipe="transfer")
+    assert all((g["momentum"], g["nesterov"], g["weight_decay"]) == (0.9, True, 0.0)
+               for g in seen["optimizer"].param_groups)  # fmt: skip
+    assert seen["loader"].transform.augment is None
+    assert seen["schedule"](20, 1.0) == pytest.approx(0.1)
+
+
+def test_smoothing_and_erasing_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {"recipe": "small", "mixup": 0.0}
+    images, labels = pictures(TEST, 4), torch.arange(4)
+    answers = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    seen = set_up(monkeypatch, "finetune", **plain, smoothing=0.1)
+    loss = seen["loss_of"](lambda _: answers, images, labels, 0)
+    near(loss, F.cross_entropy(answers, labels, label_smoothing=0.1), rtol=1e-5)
+    seen, shown = set_up(monkeypatch, "finetune", **plain, reprob=1.0), []
+    seen["loss_of"](lambda x: shown.append(x) or answers, images.clone(), labels, 0)
+    assert all((a != b).any() for a, b in zip(shown[0], images, strict=True))
+
+
+def test_drop_path_drops_whole_samples() -> None:
+    torch.manual_seed(0)
+    x = distill_lite.drop_path(torch.ones(4000, 3, 2), 0.25)
+    assert ((x == 0).flatten(1).all(1) | (x == 1 / 0.75).flatten(1).all(1)).all()
+    assert x.mean().item() == pytest.approx(1, abs=0.04)
+
+
+def test_recipes_of_each_model() -> None:
+    """What differs from model to model, or is in no fixture; networks of section 2."""
+    for recipe in ("published", "small"):
+        for name, config in MODELS.items():
+            cfg = distill_lite.configure("pretrain", model=name, recipe=recipe)
+            assert cfg.mask_ratio == (0.4 if config.kind == "hiera" else 0.75), name
+    decay = {name: distill_lite.configure("finetune", model=name).layer_decay for name in MODELS}
+    assert decay == dict.fromkeys(MODELS, 0.85) | {"vit_small": 0.75}
+    assert distill_lite.configure("finetune", recipe="rpe").rpe == "block"
+    cfg = distill_lite.configure("finetune")
+    assert (cfg.class_distill, cfg.class_weight, cfg.temperature) == ("hard", 0.5, 1.0)
+    cfg = distill_lite.configure("analyse")
+    assert (cfg.images, cfg.batch_size) == (1152, 128)
+    usual = ModelConfig()
+    assert (usual.decode_depth, usual.attn_weight, usual.hidden_weight) == (8, 1.0, 1.0)
+    assert usual.attn_adapter and usual.hidden_adapter and usual.norm_pix_loss
+    networks = {  # width, depths, heads; decoder: width, depth, heads
+        "vit_tiny": (192, (12,), 12, 96, 1, 3), "vit_small": (384, (12,), 12, 192, 1, 6),
+        "vit_base": (768, (12,), 12, 512, 8, 16), "vit_large": (1024, (24,), 16, 512, 8, 16),
+        "hiera_tiny": (46, (1, 2, 7, 2), 1, 96, 1, 3),
+        "hiera_base": (96, (2, 3, 16, 3), 1, 512, 8, 16),
+    }  # fmt: skip
+    for name, wanted in networks.items():
+        c = MODELS[name]
+        assert (c.embed_dim, c.depths, c.num_heads, c.decoder_dim, c.decoder_depth,
+                c.decoder_num_heads) == wanted  # fmt: skip
+        assert (c.input_size, c.patch_size, c.mlp_ratio) == (224, 16, 4.0)
 
 
 # ── analysis ────────────────────────────────────────────────────────────────────────────
