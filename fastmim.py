@@ -36,8 +36,8 @@ Data flow at 128 px, cells of 8 px and K = 27 channels in (4). Stages count from
 FastMIM-P pre-trains in phases of growing resolution (`--progressive 128:0,160:200,192:300`), which
 released code begins and leaves unfinished: no model of it takes another size. Here the network of
 a phase is that of the last one, with what depends on the size made anew: ViT's fixed table; Swin's
-windows, as many px a side as the last map has tokens (ours), by (8); CMT's R by interpolation. All
-else goes on, moments of the optimizer included; those of a parameter of a new shape begin at zero.
+windows, as many tokens a side as the last map has, by (8); CMT's R by interpolation. All else goes
+on, moments of the optimizer included; those of a parameter of a new shape begin at zero.
 
 Paper, released code, and here:
   - ViT-B is pre-trained with 6 heads and fine-tuned with 12, of the same shapes, by an oversight
@@ -311,7 +311,7 @@ class PretrainConfig(RunConfig, MethodConfig):
     decoder_depth: Annotated[int, (0, 99)] | None = None  # none = ViT 1, pyramids 4 (released)
     drop_last: Annotated[int, (0, 99)] | None = None  # last blocks to leave out, of stage 2 (paper)
     progressive: str = ""  # side:first epoch[:batch], ... as 128:0,160:200,192:300 (paper)
-    progressive_blocks: Literal["pixels", "cells"] = "pixels"  # what of a block stays (released)
+    progressive_blocks: Literal["pixels", "cells"] = "pixels"  # what of a block stays (ours)
     sync_bn: bool = False  # CMT: batch statistics over all processes (ours)
 
 
@@ -735,6 +735,14 @@ class Backbone(nn.Module):
             raise ValueError(f"images of {height}x{width} px: {self.config.stride} must divide "
                              "both sides")
         return [(height // stride, width // stride) for stride in self.strides]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """BatchNorm that does not learn, in a linear probe, keeps its statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = mode and module.weight.requires_grad
+        return self
 
     def plan(self, height: int, width: int, device: torch.device) -> list | None:
         """What Swin works out beforehand for images of a size."""
@@ -1881,6 +1889,8 @@ def plan_phases(cfg: PretrainConfig, config: ModelConfig) -> list[Phase]:
         check_masking(config)
         return [Phase(0, 0, cfg.epochs, cfg.batch_size, config)]
     flag, rows = f"--progressive {cfg.progressive}", []
+    if cfg.data_path and not cfg.output_dir:
+        raise InputError(f"{flag}: a phase begins with the checkpoint of the last; --output_dir")
     for part in cfg.progressive.split(","):
         numbers = part.strip().split(":")
         if len(numbers) not in (2, 3) or not all(re.fullmatch(r"\d{1,6}", n) for n in numbers):
@@ -1923,11 +1933,12 @@ def newest(cfg: PretrainConfig) -> tuple[Path, dict] | None:
     return None
 
 
-def enter_phase(cfg: PretrainConfig, process: Process, parts: dict, args: dict, step: int) -> None:
+def enter_phase(cfg: PretrainConfig, process: Process, parts: dict, args: dict, step: int) -> bool:
     """Make the last checkpoint of the phase before the first of this one: what depends on the size
-    fitted, its moments begin at zero, all else kept. Does nothing if it is of this phase."""
+    fitted, its moments begin at zero, all else kept. Does nothing if it is of this phase; whether
+    it did."""
     found = newest(cfg) if process.rank == 0 else None
-    if found and found[1]["args"].get("phase") == args["phase"] - 1:
+    if entered := bool(found) and found[1]["args"].get("phase") == args["phase"] - 1:
         file = found[1]
         with data.blaming(found[0]):
             own = parts["model"].state_dict()
@@ -1942,7 +1953,8 @@ def enter_phase(cfg: PretrainConfig, process: Process, parts: dict, args: dict, 
         process.say(f"entering it: {'; '.join(notes) or 'all as it was'}")
         content = file | {"args": args, "step": step}
         data.save_file(Path(cfg.output_dir) / "checkpoint-last.pth", partial(torch.save, content))
-    process.sum(torch.zeros((), device=process.device)).item()  # the others wait for the file
+    # The others wait for the file.
+    return process.sum(torch.tensor(float(entered), device=process.device)).item() > 0
 
 
 def synchronised(model: nn.Module, process: Process, wanted: bool) -> nn.Module:
@@ -1960,17 +1972,20 @@ def pretrain(cfg: PretrainConfig) -> dict:
     file = read_checkpoint(cfg.weights) if cfg.weights else None
     name, config = choose_config(cfg, file)
     cfg = replace(cfg, model=name)
-    phases, found = plan_phases(cfg, config), newest(cfg) if cfg.data_path else None
+    phases = plan_phases(cfg, config)
+    found = newest(cfg) if cfg.data_path and len(phases) > 1 else None
     if config.pretrain_heads:
         process.say(f"{config.pretrain_heads[0]} heads in pre-training, {config.num_heads[0]} in "
                     f"fine-tuning, as released; --num_heads {config.num_heads[0]} is for both")
     reached = found[1]["args"].get("phase", 0) if found else 0
+    ended, found = found[1].get("epoch", 0) if found else 0, None  # lets go of the weights
     for phase in phases[min(reached, len(phases) - 1):]:
         if len(phases) > 1:
             process.say(f"phase {phase.number + 1} of {len(phases)}, from epoch {phase.start}: "
                         f"{phase.config.input_size} px, blocks of {phase.config.block_size} px")
         record = pretrain_phase(cfg, process, file, phase)
-        cfg = replace(cfg, resume="auto")
+        if ended < phase.end:  # else the next phase begins with what --resume named, too
+            cfg = replace(cfg, resume="auto")
         if not cfg.data_path:
             process.say("dry run: to pre-train on your images, give --data_path FOLDER")
             break
@@ -1995,8 +2010,8 @@ def pretrain_phase(cfg: PretrainConfig, process: Process, file: dict | None, pha
     groups = parameter_groups(model, cfg.weight_decay, undecayed=())
     optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.95), fused=process.device.type != "mps")
     parts = {"model": model, "optimizer": optimizer}
-    if phase.number and cfg.output_dir and cfg.resume == "auto":
-        enter_phase(cfg, process, parts, args, phase.start * len(loader))
+    if phase.number and enter_phase(cfg, process, parts, args, phase.start * len(loader)):
+        cfg = replace(cfg, resume="auto")
 
     @lru_cache(2)
     def masks_of(number: int) -> np.ndarray:
@@ -2093,7 +2108,9 @@ def finetune(cfg: FinetuneConfig) -> dict:
     process.say(said and f"{said}; {in_words(config)}")
     model = synchronised(model.to(process.device), process, cfg.sync_bn)
     if cfg.linear_probe:
-        model.requires_grad_(False).head.requires_grad_(True)
+        model.requires_grad_(False)
+        for name in ("head", "_fc", "_bn"):  # CMT's last two begin with the classifier
+            getattr(model, name, model.head).requires_grad_(True)
     model.grad_checkpoint = cfg.grad_checkpoint
     model.plan(side, side, process.device)
     groups = parameter_groups(model, cfg.weight_decay, config.depths, cfg.layer_decay)
@@ -2101,7 +2118,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
     parts, judged = {"model": model, "optimizer": optimizer}, model
     if cfg.ema:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema)
-        parts["ema"] = ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+        parts["ema"] = ema = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=average, use_buffers=True)  # as released: CMT's statistics too
         optimizer.register_step_post_hook(lambda *_: ema.update_parameters(model))
         judged = ema.module
 

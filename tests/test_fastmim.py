@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -1212,3 +1213,315 @@ def test_parameter_counts(name: str, parameters: tuple[int, int, int]) -> None:
     head = on_meta(partial(BACKBONES[config.family], tuned, 1000))
     counts = [sum(p.numel() for p in m.parameters()) for m in (whole, head)]
     assert (counts[0], encoder, counts[1]) == parameters
+
+
+# ── what a run is made of ───────────────────────────────────────────────────────────────
+
+
+def test_values_of_the_released_commands() -> None:
+    """Specification 6 and 7, of each published network; where there is no command, ours."""
+    for name in PUBLISHED:
+        cfg, vit = fastmim.configure("pretrain", model=name), name.startswith("vit")
+        assert (cfg.weight_decay, cfg.blr, cfg.min_lr, cfg.clip_grad) == (0.05, 1.5e-4, 0.0, None)
+        assert (cfg.mask_ratio, cfg.crop_min, cfg.accum_iter) == (0.75, 0.2, 1)
+        assert not cfg.sync_bn and cfg.progressive_blocks == "pixels"
+        _, config = fastmim.choose_config(cfg, None)
+        assert (config.target, config.norm_pix_loss, config.input_size) == ("hog", True, 128)
+        assert config.block_size == (16 if vit else 32)
+        assert (config.decoder_dim, config.decoder_depth) == (256, 1 if vit else 4)
+        cfg = fastmim.configure("finetune", model=name)
+        assert (cfg.batch_size, cfg.epochs, cfg.warmup_epochs) == (128, 100, 5.0)
+        assert (cfg.weight_decay, cfg.min_lr, cfg.clip_grad) == (0.05, 1e-6, None)
+        assert (cfg.drop_path, cfg.mixup, cfg.cutmix, cfg.smoothing) == (0.1, 0.8, 1.0, 0.1)
+        assert (cfg.reprob, cfg.crop_min, cfg.aa) == (0.25, 0.08, "rand-m9-mstd0.5-inc1")
+        assert not (cfg.ema or cfg.keep_norm or cfg.sync_bn)
+        assert fastmim.choose_config(cfg, None)[1].global_pool
+    heads = {"vit_b": (12,), "vit_l": (16,), "swin_b": (4, 8, 16, 32), "swin_l": (6, 12, 24, 48),
+             "pvtv2_b2": (1, 2, 5, 8), "pvtv2_b5": (1, 2, 5, 8),
+             "cmt_s": (1, 2, 4, 8)}  # fmt: skip
+    assert {name: fastmim.MODELS[name].num_heads for name in PUBLISHED} == heads
+
+
+def planned(command: str, patch: pytest.MonkeyPatch, **flags: object) -> list[dict]:
+    """What `train` is given, once for each phase, and the crops; nothing is trained."""
+    calls, crops = [], []
+    names = list(inspect.signature(fastmim.train).parameters)
+
+    def train(*args: object) -> dict:
+        calls.append(dict(zip(names, args, strict=True)) | {"crops": list(crops)})
+        return {}
+
+    def crop(size: int, scale: tuple[float, float], **options: object) -> object:
+        crops.append((size, scale, options.get("augment")))
+        return made_crop(size, scale, **options)
+
+    made_crop = data.TrainCrop
+    with patch.context() as inside:
+        inside.setattr(fastmim, "train", train)
+        inside.setattr(fastmim.data, "TrainCrop", crop)
+        run(command, **({"batch_size": 4, "data_path": "drawn:40"} | flags))
+    return calls
+
+
+@each_family
+def test_optimizer_of_a_run(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Betas, decay and rates of every parameter, drop path: as released."""
+    flags = {"model": FAMILIES[family], "output_dir": str(tmp_path)}
+    (call,) = planned("pretrain", monkeypatch, **flags)
+    model, optimizer = call["parts"]["model"], call["parts"]["optimizer"]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0}
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        wanted = None if name == "encoder.pos_embed" else 0.05 if p.ndim > 1 else 0.0
+        assert decay.get(id(p)) == wanted, name
+    assert call["crops"] == [(64, (0.2, 1.0), None)]
+
+    (call,) = planned("finetune", monkeypatch, **flags, layer_decay=0.5)
+    model, optimizer = call["parts"]["model"], call["parts"]["optimizer"]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    depths = model.config.depths
+    for name, p in model.named_parameters():
+        exempt = p.ndim <= 1 or name in ("cls_token", "pos_embed")
+        assert groups[id(p)]["weight_decay"] == (0.0 if exempt else 0.05), name
+        wanted = 0.5 ** (sum(depths) + 1 - fastmim.layer_id(name, depths))
+        assert groups[id(p)]["lr_scale"] == pytest.approx(wanted), name
+    rates = [m.drop_path for m in model.modules() if hasattr(m, "drop_path")]
+    near(rates, np.linspace(0, 0.1, sum(depths)), atol=1e-7)
+    assert call["crops"][0][:2] == (64, (0.08, 1.0)) and call["crops"][0][2] is not None
+
+
+def test_rates_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One cosine over all phases, times the batch of each; released warm-ups; layers' shares."""
+    def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: int) -> float:
+        if epoch < warmup:
+            return peak * epoch / warmup
+        share = (epoch - warmup) / (epochs - warmup)
+        return low + (peak - low) * 0.5 * (1 + np.cos(np.pi * share))
+
+    calls = planned("pretrain", monkeypatch, model="test", epochs=40, warmup_epochs=4,
+                    progressive="64:0,96:20:2", output_dir=str(tmp_path / "a"))  # fmt: skip
+    assert [call["cfg"].epochs for call in calls] == [20, 40]
+    for call, batch in zip(calls, (4, 2), strict=True):
+        for step in (0, 7, 45, 111, 399):
+            wanted = cosine(step * batch / 40, 1.5e-4 * batch / 256, 0.0, 4, 40)
+            assert call["schedule"](step, 1.0) == pytest.approx(wanted, rel=1e-6)
+    (call,) = planned("finetune", monkeypatch, model="test", output_dir=str(tmp_path / "b"))
+    for step in (0, 7, 45, 111, 999):
+        wanted = 0.3 * cosine(step / 10, 6e-4 * 4 / 256, 1e-6, 5, 100)
+        assert call["schedule"](step, 0.3) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_losses_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another mask at every step; erasing, mixup, cutmix and smoothing as the recipe has them."""
+    seen = []
+    (call,) = planned("pretrain", monkeypatch, model="test", output_dir=str(tmp_path / "a"))
+
+    def net(images: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+        seen.append(mask.clone())
+        return images.sum(), None
+
+    for number in (0, 1, 0):
+        call["loss_of"](net, pictures(4), torch.zeros(4), number)
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+    assert int(seen[0].sum()) == 4 * 12
+
+    mixup, erase = fastmim.augment.Mixup, fastmim.augment.random_erase
+    monkeypatch.setattr(fastmim.augment, "Mixup", lambda *given, **options: seen.append(
+        (given, options)) or mixup(*given, **options))  # fmt: skip
+    monkeypatch.setattr(fastmim.augment, "random_erase", lambda images, rng, share: seen.append(
+        share) or erase(images, rng, share))  # fmt: skip
+    seen.clear()
+    (call,) = planned("finetune", monkeypatch, model="test", output_dir=str(tmp_path / "b"))
+    images, inputs = pictures(4), []
+    call["loss_of"](lambda x: inputs.append(x) or torch.zeros(4, 10), images, torch.arange(4), 0)
+    assert seen == [((0.8, 1.0), {"smoothing": 0.1, "num_classes": 10}), 0.25]
+    assert not torch.equal(inputs[0], images)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_flags_reach_the_model(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wanted = []
+    monkeypatch.setattr(fastmim, "synchronised", lambda model, _, asked: wanted.append(
+        asked) or model)  # fmt: skip
+    for asked in (False, True):
+        (call,) = planned(command, monkeypatch, model="test_cmt", sync_bn=asked,
+                          grad_checkpoint=asked, output_dir=str(tmp_path))  # fmt: skip
+        model = call["parts"]["model"]
+        assert getattr(model, "encoder", model).grad_checkpoint == asked
+    assert wanted == [False, True]
+
+
+def test_tests_take_the_released_crop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """224 of 256, by the rule that does not enlarge what is above 224."""
+    made_crop, rules = data.EvalCrop, []
+    monkeypatch.setattr(fastmim.data, "EvalCrop", lambda size, rule="simmim": rules.append(
+        rule) or made_crop(size, rule))  # fmt: skip
+    best = tuned(tmp_path / "b", trained(tmp_path / "a", "vit"))
+    run("evaluate", weights=str(best), data_path="drawn:40")
+    assert rules and set(rules) == {"mae"}
+
+
+def test_a_fresh_head_and_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Next to zero after a pre-training; CMT's drops a tenth of what it sees."""
+    backbone = trained(tmp_path / "a", "cmt")
+    (call,) = planned("finetune", monkeypatch, weights=str(backbone), nb_classes=100,
+                      output_dir=str(tmp_path / "b"))  # fmt: skip
+    model = call["parts"]["model"]
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.1)
+    assert not model.head.bias.any()
+    seen = []
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: seen.append((p, training)) or x)
+    model.train()(pictures())
+    model.eval()(pictures())
+    assert seen == [(0.1, True), (0.1, False)]
+
+
+def test_keep_norm_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = trained(tmp_path / "a", "swin", lr=0.1, epochs=2)
+    learned = fastmim.read_checkpoint(backbone)["model"]["norm.weight"]
+    assert (learned - 1).abs().max() > 1e-3
+    for keep in (False, True):
+        (call,) = planned("finetune", monkeypatch, weights=str(backbone), keep_norm=keep,
+                          output_dir=str(tmp_path / "b"))  # fmt: skip
+        assert torch.equal(call["parts"]["model"].fc_norm.weight, learned) == keep
+
+
+def test_a_linear_probe_leaves_the_encoder_alone(tmp_path: Path) -> None:
+    """Statistics too; what CMT's classifier has before its head is no part of the encoder."""
+    backbone = trained(tmp_path / "a", "cmt")
+    tuned(tmp_path / "b", backbone, linear_probe=True, lr=1e-2)
+    before = fastmim.read_checkpoint(backbone)["model"]
+    after = fastmim.read_checkpoint(tmp_path / "b" / "checkpoint-last.pth")["model"]
+    for key in before.keys() & after.keys():
+        assert torch.equal(before[key], after[key]), key
+    assert after["_bn.num_batches_tracked"] == 10 and after["_bn.weight"].std() > 0
+    assert after["_fc.bias"].any() and after["head.weight"].std() > 1e-3
+
+
+def test_averages_are_of_statistics_too(tmp_path: Path) -> None:
+    """As those of the release, which are of parameters and buffers; they are tested and kept."""
+    tuned(tmp_path, "", model="test_cmt", ema=0.99, lr=1e-3)
+    file = fastmim.read_checkpoint(tmp_path / "checkpoint-last.pth")
+    average = {k.removeprefix("module."): v for k, v in file["ema"].items()}
+    for key in ("stem_norm1.running_mean", "stem_conv1.weight"):
+        assert not torch.equal(average[key], file["model"][key]), key
+    best = fastmim.read_checkpoint(tmp_path / "best.pth")["model"]  # it is what is tested
+    assert all(torch.equal(value, average[key]) for key, value in best.items())
+
+
+def test_calls_of_timm_tell_what_a_network_is() -> None:
+    """Whatever its size: windows, heads, widths and outputs."""
+    def told(model: nn.Module) -> dict:
+        call = fastmim.timm_call(model)
+        return eval(call.replace("timm.create_model(", "dict(name=", 1))
+
+    for family in ("vit", "swin", "pvtv2"):
+        config = small(family)
+        found, one = told(classifier(family)), family == "vit"
+        assert found["num_classes"] == 3
+        for name, value in (("num_heads", config.num_heads), ("mlp_ratio" if one else "mlp_ratios",
+                            config.mlp_ratios), ("depth" if one else "depths", config.depths),
+                            ("embed_dims" if family == "pvtv2" else "embed_dim",
+                             config.embed_dims)):  # fmt: skip
+            wanted = value[0] if one or name == "embed_dim" else value
+            assert found.get(name, wanted) == wanted
+        if family != "pvtv2":
+            assert (found["img_size"], found["patch_size"]) == (64, config.patch_size)
+    found = told(BACKBONES["swin"](small("swin")))
+    assert (found["window_size"], found["num_classes"]) == (small("swin").window(0), 0)
+    assert told(FastMIM(small("vit")).encoder)["num_heads"] == 1
+
+
+# ── FastMIM-P from a named checkpoint ───────────────────────────────────────────────────
+
+
+def test_a_phase_begins_with_a_named_file(tmp_path: Path) -> None:
+    """That ends the phase before, in another folder or in that of a run that went on."""
+    flags = PHASES | {"epochs": 2}
+    whole = torch.load(trained(tmp_path / "a", "swin", **flags), weights_only=True)["model"]
+    for folder in ("b", "a"):
+        named = str(tmp_path / "a" / "checkpoint-0.pth")
+        other = torch.load(trained(tmp_path / folder, "swin", **flags, resume=named),
+                           weights_only=True)["model"]  # fmt: skip
+        assert all(torch.equal(value, other[key]) for key, value in whole.items())
+        file = fastmim.read_checkpoint(tmp_path / folder / "checkpoint-last.pth")
+        assert file["step"] == 8 and [r["epoch"] for r in file["log"]["records"]] == [0, 1]
+
+
+def test_phases_need_a_folder() -> None:
+    """Each begins with the checkpoint of the last; without one it would begin anew."""
+    with pytest.raises(InputError, match="--output_dir"):
+        run("pretrain", model="test", batch_size=4, output_dir="", **PHASES)
+
+
+# ── initial weights, small ──────────────────────────────────────────────────────────────
+
+
+def wanted_deviation(module: nn.Module, family: str, tuned: bool) -> tuple[float, bool]:
+    """Of the weights of a layer by specification 5, and whether they are uniform."""
+    if isinstance(module, nn.Linear):
+        return (0.02, False) if tuned else ((2 / sum(module.weight.shape)) ** 0.5, True)
+    fan = module.weight[0].numel()
+    if family == "vit" and not tuned:
+        return (2 / (fan + len(module.weight))) ** 0.5, True
+    if family in ("vit", "swin"):
+        return (3 * fan) ** -0.5, True  # the framework's
+    groups = module.groups if family == "pvtv2" else 1
+    return (2 * groups / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5, False
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@each_family
+def test_initial_weights(family: str, tuned: bool) -> None:
+    """Deviations within six of their own; uniform ones end where they must; biases and norms."""
+    model = classifier(family, 50) if tuned else made(small(family))
+    draws = {"mask_token": 0.02, "cls_token": 0.02, "pos_embed": 0.02,
+             "relative_position_bias_table": 0.02, "relative_pos_a": 1.0, "relative_pos_b": 1.0,
+             "relative_pos_c": 1.0, "relative_pos_d": 1.0}  # fmt: skip
+    checked = 0
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        for key in own.keys() & draws.keys():
+            p = own[key].detach()
+            if own[key].requires_grad and p.numel() > 8:
+                error = 6 * (2 * p.numel()) ** -0.5
+                assert p.std().item() == pytest.approx(draws[key], rel=error), key
+                checked += 1
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            deviation, uniform = wanted_deviation(module, family, tuned)
+            p = module.weight.detach()
+            error = 6 * (2 * p.numel()) ** -0.5
+            assert p.std().item() == pytest.approx(deviation, rel=error), name
+            assert not uniform or p.abs().max() <= deviation * 3**0.5 * 1.0001, name
+            assert uniform or p.numel() < 500 or p.abs().max() > 2 * deviation, name
+            if module.bias is not None:
+                patch = name.endswith("patch_embed.proj") and family in ("vit", "swin")
+                limit = module.weight[0].numel() ** -0.5
+                assert module.bias.abs().max() <= limit, name
+                assert bool(module.bias.any()) == patch, name
+        elif "norm" in name or name.endswith("_bn"):
+            assert all((p == (1 if k == "weight" else 0)).all() for k, p in own.items()), name
+    assert checked >= {"vit": 1, "swin": 5, "pvtv2": 0, "cmt": 4}[family]
+
+
+def test_initial_colours() -> None:
+    colours = [made(small(), seed).mask_token.detach().flatten() for seed in range(60)]
+    assert torch.stack(colours).std().item() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@each_family
+def test_epsilons_of_norms(family: str, tuned: bool) -> None:
+    """Specification 2.2."""
+    model = classifier(family) if tuned else made(small(family))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.eps, module.momentum) == (1e-5, 0.1), name
+        elif isinstance(module, nn.LayerNorm):
+            coarse = family == "swin" or (family != "vit" and (
+                "patch_embed" in name or name.startswith("decoder_") or "attn" in name))
+            assert module.eps == (1e-5 if coarse else 1e-6), name
