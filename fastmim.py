@@ -679,7 +679,8 @@ def stretch(table: Tensor, shape: Sequence[int]) -> Tensor:
         raise ValueError(f"a table of {len(table)} positions is of no square")
     if tuple(shape) == (side, side):
         return table
-    grid = rearrange(table.float(), "(h w) c -> 1 c h w", h=side)
+    grid = table.to(torch.promote_types(table.dtype, torch.float32))  # bicubic knows no half
+    grid = rearrange(grid, "(h w) c -> 1 c h w", h=side)
     grid = F.interpolate(grid, tuple(shape), mode="bicubic", align_corners=False)
     return rearrange(grid, "1 c h w -> (h w) c").to(table.dtype)
 
@@ -1402,7 +1403,8 @@ def fit_tables(state: dict[str, Tensor], own: dict[str, Tensor],
             continue
         if key == "pos_embed" and value.shape[::2] == there.shape[::2]:
             side, kind = math.isqrt(there.shape[1]), "positions interpolated"
-            adapted[key] = torch.cat([value[:, :1], stretch(value[0, 1:], (side, side))[None]], 1)
+            grid = stretch(value[0, 1:].double(), (side, side)).to(value.dtype)
+            adapted[key] = torch.cat([value[:, :1], grid[None]], 1)
             if fixed:
                 del adapted[key]
                 kind = "positions worked out"

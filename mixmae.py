@@ -693,7 +693,8 @@ def stretch(table: Tensor, shape: Sequence[int]) -> Tensor:
         raise ValueError(f"a table of {len(table)} positions is of no square")
     if tuple(shape) == (side, side):
         return table
-    grid = rearrange(table.float(), "(h w) c -> 1 c h w", h=side)
+    grid = table.to(torch.promote_types(table.dtype, torch.float32))  # bicubic knows no half
+    grid = rearrange(grid, "(h w) c -> 1 c h w", h=side)
     grid = F.interpolate(grid, tuple(shape), mode="bicubic", align_corners=False)
     return rearrange(grid, "1 c h w -> (h w) c").to(table.dtype)
 
