@@ -1563,7 +1563,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
         raise ValueError(f"to resume it lacks {', '.join(lacking)}; --weights can start from it")
     # Other values of these would misplace steps, images or parameters.
     keys = ("command", "model", "classes", "seed", "batch", "images", "linear_probe")
-    there, here = ({**r["config"], **{k: (r["settings"] | r).get(k) for k in keys}}
+    there, here = ({k: (r["settings"] | r).get(k) for k in keys} | r["config"]
                    for r in (file["args"], args))
     if wrong := differences(here, there, "the file has"):
         raise ValueError(f"--resume none starts afresh: it cannot go on with {wrong}")

@@ -1416,7 +1416,7 @@ def test_averages_are_of_statistics_too(tmp_path: Path) -> None:
 def test_calls_of_timm_tell_what_a_network_is() -> None:
     """Whatever its size: windows, heads, widths and outputs."""
     def told(model: nn.Module) -> dict:
-        call = fastmim.timm_call(model)
+        call = fastmim.timm_create(model)
         return eval(call.replace("timm.create_model(", "dict(name=", 1))
 
     for family in ("vit", "swin", "pvtv2"):
