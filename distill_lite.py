@@ -929,13 +929,13 @@ class MaskedDecoder(nn.Module):
         if images.shape[-2:] != (self.config.input_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape)}, not {self.config.input_size} px")
         if not isinstance(mask, ShufflePlan):
-            mask = to_device(plan_hidden(torch.as_tensor(mask).cpu().numpy()), images.device)
+            mask = plan_hidden(torch.as_tensor(mask).cpu().numpy())
         if mask.restore.shape != (len(images), self.config.units**2):
             raise ValueError(f"masks are {tuple(mask.restore.shape)}, not of {len(images)} images "
                              f"and {self.config.units**2} units")
         if mask.hidden.shape[1] == 0:
             raise ValueError("the mask hides nothing, so there is nothing to reconstruct")
-        return mask
+        return to_device(mask, images.device)
 
     def decode_tokens(self, latent: Tensor, plan: ShufflePlan) -> Tensor:
         """(B, lead + V * cells, C) -> (B, lead + U * cells, D): latents and mask tokens in their

@@ -1774,3 +1774,13 @@ def test_published_file_loads_strictly(published: Path) -> None:
         with torch.no_grad():
             loss, _ = model.eval()(data.normalize(pixels), drawn(config, len(pixels), ratio))
         assert loss < 0.9  # the mean colour of each patch scores 1 where patches are normalised
+
+
+def test_plans_of_the_host_are_taken() -> None:
+    """As arrays, before they were copied to a device; and so is a mask."""
+    config = distill_lite.MODELS["test"]
+    model = distill_lite.DistilledMAE(config, None, None)
+    images = torch.zeros(2, 3, config.input_size, config.input_size)
+    plan = distill_lite.draw_masks(config, 0.75, 2, (0, 0, 0, 1))
+    there = distill_lite.to_device(plan, images.device)
+    assert torch.equal(model(images, plan)[0], model(images, there)[0])
