@@ -1347,9 +1347,12 @@ def load_teacher(path: str, config: ModelConfig) -> tuple[nn.Module, str]:
     """The frozen teacher in a file, for a student of `config`, and a sentence on it."""
     if not path:
         raise InputError(f"--distill {config.distill} needs --teacher FILE: released "
-                         f"{TEACHERS[config.kind]}; or one that this script has pre-trained")
+                         f"{TEACHERS[config.kind]}; or one that this script has pre-trained "
+                         "(--distill none goes on without)")
     file = read_checkpoint(path)
     with data.blaming(path):
+        if any(k.startswith(("head.", "fc_norm.")) for k in file["model"]):
+            raise InputError("it is fine-tuned, and a --teacher pre-trained: give its backbone.pth")
         name, theirs = identify(file)
         theirs = replace(theirs, input_size=config.input_size)
         layer_pairs(config, theirs)  # before anything is loaded
@@ -1511,6 +1514,9 @@ def prepare(cfg: RunConfig, process: Process, config: ModelConfig, split: str, c
         data.open_source(cfg.data_path or f"drawn:{10 * batch}", split), crop, seed=cfg.seed,
         batch_size=cfg.batch_size, rank=process.rank, world_size=process.world_size,
         accum_iter=cfg.accum_iter, num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
+    if cfg.warmup_epochs >= cfg.epochs:
+        process.say(f"--warmup_epochs {cfg.warmup_epochs:g} is not shorter than --epochs "
+                    f"{cfg.epochs}: the learning rate never reaches its peak")
     images, lr, rule = len(loader.source), cfg.lr, ""
     if lr is None:
         lr, rule = cfg.blr * batch / per, f" = blr {cfg.blr:g} * {batch} / {per}"
@@ -2041,10 +2047,12 @@ def open_model(cfg: UseConfig | AnalyseConfig, whole: bool = False, head: bool =
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "timm")
 
 
-def load_backbone(path: str | Path) -> nn.Module:
-    """Encoder with the weights of any file that this script reads: .maps, .channels, .strides."""
+def load_backbone(path: str | Path, **flags: object) -> nn.Module:
+    """Encoder with the weights of any file that this script reads, and `flags` as of `features`
+    (num_heads=12, where shapes do not tell): .maps, .channels, .strides."""
     alone = Process(0, 1, torch.device("cpu"), torch.float32)  # the program around it is not ours
-    return open_model(UseConfig(weights=str(path)), head=False, process=alone)[1]
+    cfg = configure("features", weights=str(path), **flags)
+    return open_model(cfg, head=False, process=alone)[1]
 
 
 @torch.no_grad()
@@ -2485,7 +2493,12 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
         parser.add_argument(*names, default=argparse.SUPPRESS, help=text, **how)
     flags = argv[1:] if argv[:1] == [command] else argv
     flags = ["--no-" + flag[5:] if flag.startswith("--no_") else flag for flag in flags]
-    return function, configure(command, **vars(parser.parse_args(flags)))
+    known, rest = parser.parse_known_args(flags)
+    if rest and rest[0].startswith("--"):  # the error that names the closest flags
+        configure(command, **{rest[0][2:].partition("=")[0].replace("-", "_"): None})
+    if rest:
+        refuse(f"unrecognized arguments: {' '.join(rest)}")
+    return function, configure(command, **vars(known))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1101,6 +1101,9 @@ def prepare(cfg: RunConfig, process: Process, config: ModelConfig, split: str, c
         data.open_source(cfg.data_path or f"drawn:{10 * batch}", split), crop, seed=cfg.seed,
         batch_size=cfg.batch_size, rank=process.rank, world_size=process.world_size,
         accum_iter=cfg.accum_iter, num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
+    if cfg.warmup_epochs >= cfg.epochs:
+        process.say(f"--warmup_epochs {cfg.warmup_epochs:g} is not shorter than --epochs "
+                    f"{cfg.epochs}: the learning rate never reaches its peak")
     images, lr, rule = len(loader.source), cfg.lr, ""
     if lr is None:
         lr, rule = cfg.blr * batch / per, f" = blr {cfg.blr:g} * {batch} / {per}"
@@ -1826,7 +1829,12 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
         parser.add_argument(*names, default=argparse.SUPPRESS, help=text, **how)
     flags = argv[1:] if argv[:1] == [command] else argv
     flags = ["--no-" + flag[5:] if flag.startswith("--no_") else flag for flag in flags]
-    return function, configure(command, **vars(parser.parse_args(flags)))
+    known, rest = parser.parse_known_args(flags)
+    if rest and rest[0].startswith("--"):  # the error that names the closest flags
+        configure(command, **{rest[0][2:].partition("=")[0].replace("-", "_"): None})
+    if rest:
+        refuse(f"unrecognized arguments: {' '.join(rest)}")
+    return function, configure(command, **vars(known))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
