@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,16 @@ def golden_files(method: str) -> list[Path]:
     files = sorted((GOLDEN / method).glob("*.npz"))
     assert files or GOLDEN != ROOT / "tests" / "golden", f"no fixtures in {GOLDEN / method}"
     return files
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for small models: on a busy machine two wait for each other at every product."""
+    before = torch.get_num_threads()
+    if not THREADS:
+        torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

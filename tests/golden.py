@@ -45,6 +45,12 @@ def near(
     assert not bad, f"{message}: {len(bad)} differ, as {bad[:9]}; by up to {error.max()}"
 
 
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model without storage: names, shapes and counts only."""
+    with torch.device("meta"):
+        return make()
+
+
 class Fixture:
     """Arrays and `meta` of one file; what was taken or told counts as compared."""
 

@@ -604,6 +604,20 @@ def test_text_list(photos: Path, tmp_path: Path) -> None:
     assert last(tmp_path / "out")["step"] == len(paths) // 4
 
 
+def test_a_mistyped_flag_is_told_its_nearest(capsys: pytest.CaptureFixture) -> None:
+    assert "no --bach_size; the closest are batch_size" in refused(capsys, "--bach-size", 4)
+    assert "unrecognized arguments: photos" in refused(capsys, "finetune", "photos")
+
+
+def test_a_warm_up_longer_than_the_run_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for epochs, told in ((1, True), (2, False)):
+        run(*TINY, "--data_path", "drawn:4", "--batch_size", 4, "--epochs", epochs,
+            "--warmup_epochs", 1, "--output_dir", tmp_path / str(epochs))  # fmt: skip
+        assert ("never reaches its peak" in capsys.readouterr().out) == told
+
+
 DISTILLED: list[float] = []  # what the teacher was worth, by seed
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import distill_lite
 from common import augment, data
 from common.data import InputError
 from distill_lite import DistilledMAE, MaskedDecoder, ModelConfig, ShufflePlan
-from tests.conftest import ROOT, THREADS, golden_files
+from tests.conftest import ROOT, golden_files
 from tests.filling import images as filled_images
 from tests.filling import parameter, uniform
 from tests.golden import (
@@ -31,6 +31,7 @@ from tests.golden import (
     check_gradients,
     key_third,
     near,
+    on_meta,
     same,
     take_step,
     trained,
@@ -42,14 +43,7 @@ TEST, HIERA = MODELS["test"], MODELS["test_hiera"]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for small models: on a busy machine two wait for each other at every product."""
-    before = torch.get_num_threads()
-    if not THREADS:
-        torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def fill(model: nn.Module, seed: int, prefix: str = "") -> nn.Module:
@@ -59,12 +53,6 @@ def fill(model: nn.Module, seed: int, prefix: str = "") -> nn.Module:
         for name, p in model.named_parameters():
             p.copy_(torch.from_numpy(parameter(prefix + name, tuple(p.shape), seed)))
     return model
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model without storage: names, shapes and counts only."""
-    with torch.device("meta"):
-        return make()
 
 
 # ── golden files: what is compared ──────────────────────────────────────────────────────
@@ -1784,3 +1772,18 @@ def test_plans_of_the_host_are_taken() -> None:
     plan = distill_lite.draw_masks(config, 0.75, 2, (0, 0, 0, 1))
     there = distill_lite.to_device(plan, images.device)
     assert torch.equal(model(images, plan)[0], model(images, there)[0])
+
+
+@pytest.mark.parametrize("head", ["head.weight", "fc_norm.weight", "head.projection.weight"])
+def test_a_teacher_is_no_classifier(head: str, tmp_path: Path) -> None:
+    """Its last blocks were changed for something else; --distill none is the way on."""
+    config = replace(distill_lite.MODELS["test"], distill="attention")
+    state = distill_lite.DistilledMAE(distill_lite.MODELS["test"]).model.state_dict()
+    path = str(tmp_path / "teacher.pth")
+    torch.save({"model": state}, path)
+    distill_lite.load_teacher(path, config)
+    torch.save({"model": state | {head: torch.ones(2)}}, path)
+    with pytest.raises(InputError, match="it is fine-tuned, and a --teacher pre-trained"):
+        distill_lite.load_teacher(path, config)
+    with pytest.raises(InputError, match="--distill none goes on without"):
+        distill_lite.load_teacher("", config)

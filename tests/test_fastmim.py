@@ -20,7 +20,7 @@ from common import data
 from common.data import InputError
 from common.hog import gaussian, hog, sobel
 from fastmim import BACKBONES, FastMIM, ModelConfig
-from tests.conftest import GOLDEN, THREADS, golden_files
+from tests.conftest import GOLDEN, golden_files
 from tests.filling import images as filled_images
 from tests.filling import parameter, uniform
 from tests.golden import (
@@ -31,6 +31,7 @@ from tests.golden import (
     key_third,
     near,
     norms,
+    on_meta,
     same,
     take_step,
     watched,
@@ -42,20 +43,7 @@ CPU = torch.device("cpu")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for small models: on a busy machine two wait for each other at every product."""
-    before = torch.get_num_threads()
-    if not THREADS:
-        torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
-    yield
-    torch.set_num_threads(before)
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model without storage: names, shapes and counts only."""
-    with torch.device("meta"):
-        return make()
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def released_name(model: nn.Module, name: str) -> str:

@@ -27,7 +27,7 @@ import greenmim
 from common import augment, data, grouping
 from common.data import InputError
 from greenmim import GreenMIM, MaskPlan, ModelConfig, SwinClassifier, SwinEncoder
-from tests.conftest import ROOT, THREADS, golden_files
+from tests.conftest import ROOT, golden_files
 from tests.filling import images as filled_images
 from tests.filling import parameter, uniform
 from tests.golden import (
@@ -37,6 +37,7 @@ from tests.golden import (
     check_statistics,
     names_in,
     near,
+    on_meta,
     same,
     take_step,
     watched,
@@ -50,14 +51,7 @@ before_training = partial(stopped_before_training, greenmim)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for small models: on a busy machine two wait for each other at every product."""
-    before = torch.get_num_threads()
-    if not THREADS:
-        torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def fill(model: nn.Module, seed: int) -> nn.Module:
@@ -90,12 +84,6 @@ def pictures(config: ModelConfig, batch: int = 2, seed: int = 7) -> Tensor:
 def some_mask(config: ModelConfig, ratio: float = 0.6, seed: int = 1) -> np.ndarray:
     noise = np.random.default_rng(seed).random(config.units**2)
     return greenmim.random_mask(noise, ratio)
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model without storage: names, shapes and counts only."""
-    with torch.device("meta"):
-        return make()
 
 
 # ── golden files: what is compared ──────────────────────────────────────────────────────

@@ -25,7 +25,7 @@ import hpvit
 from common import augment
 from common.data import InputError
 from hpvit import MAE, HPViT, HPViTClassifier, ModelConfig, ShufflePlan
-from tests.conftest import GOLDEN, THREADS, golden_files
+from tests.conftest import GOLDEN, golden_files
 from tests.filling import images as filled_images
 from tests.filling import parameter
 from tests.golden import (
@@ -35,6 +35,7 @@ from tests.golden import (
     check_statistics,
     near,
     norms,
+    on_meta,
     same,
     take_step,
     trained,
@@ -46,14 +47,7 @@ CPU = torch.device("cpu")
 EPS = hpvit.LAYER_NORM_EPS
 
 
-@pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for small models: on a busy machine two wait for each other at every product."""
-    before = torch.get_num_threads()
-    if not THREADS:
-        torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def fill(model: nn.Module, seed: int, kept: tuple[str, ...] = ()) -> nn.Module:
@@ -63,12 +57,6 @@ def fill(model: nn.Module, seed: int, kept: tuple[str, ...] = ()) -> nn.Module:
             if name not in kept:
                 p.copy_(torch.from_numpy(parameter(name, tuple(p.shape), seed)))
     return model
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model without storage: names, shapes and counts only."""
-    with torch.device("meta"):
-        return make()
 
 
 @contextlib.contextmanager

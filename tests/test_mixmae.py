@@ -24,7 +24,7 @@ import mixmae
 from common import data
 from common.data import InputError
 from mixmae import MixClassifier, MixEncoder, MixMAE, MixPlan, ModelConfig
-from tests.conftest import ROOT, THREADS, golden_files
+from tests.conftest import ROOT, golden_files
 from tests.filling import images as filled_images
 from tests.filling import parameter, uniform
 from tests.golden import (
@@ -33,6 +33,7 @@ from tests.golden import (
     check_gradients,
     near,
     norms,
+    on_meta,
     same,
     take_step,
     trained,
@@ -46,14 +47,7 @@ before_training = partial(stopped_before_training, mixmae)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for small models: on a busy machine two wait for each other at every product."""
-    before = torch.get_num_threads()
-    if not THREADS:
-        torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def fill(model: nn.Module, seed: int) -> nn.Module:
@@ -66,12 +60,6 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
 
 def plan_of(config: ModelConfig, mask: np.ndarray) -> MixPlan:
     return mixmae.to_device(mixmae.plan_mix(config, mask), CPU)
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model without storage: names, shapes and counts only."""
-    with torch.device("meta"):
-        return make()
 
 
 # ── golden files: what is compared ──────────────────────────────────────────────────────
