@@ -4,13 +4,16 @@ Run by hand, where nothing else runs: of two busy cores a matrix product loses l
 of its speed. The tables are Markdown.
 
     python -m tests.benchmark                                  everything, Swin-B
+    python -m tests.benchmark methods --json methods.json
     python -m tests.benchmark greenmim --dtype fp32 --profile
     python -m tests.benchmark dense grouping loader --steps 20 --json tables.json
 
-Topics: a method's name times its training step beside its baselines'; `dense` two ways to cut
-windows where nothing is masked; `grouping` the rules that pack windows; `loader` one core's images
-per second. Times are medians. A further method is a function that returns its `Workload`, listed
-in METHODS. Matrix products are timed between the steps: a share compares figures of one minute.
+Topics: `methods` one line a method, its pre-training step beside its baseline's; a method's name
+times that step in detail, beside all its baselines'; `dense` two ways to cut windows where nothing
+is masked; `grouping` the rules that pack windows; `loader` one core's images per second. Times are
+medians. A further method is a function that returns its `Workload`, listed in METHODS. Matrix
+products are timed between the steps: a share compares figures of one minute. `--model test` takes
+the smallest networks, to try the benchmark itself.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -196,32 +200,60 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
         title = f"{work.label}, {process.dtype}".replace("torch.", "")
         print_profile(title, partial(step, 0), device.type == "cuda")
     times = [split[part] for part in ("planning", "data", "forward", "backward", "optimizer")]
-    row = [speed, *times, f"{split['planning'] / split['step']:.1%}", memory, flop / 2e9,
-           rate / 1e9, f"{speed * executed / rate:.0%}", fixed]  # fmt: skip
+    gmac, share = flop / 2e9, f"{speed * executed / rate:.0%}"
+    row = [speed, *times, f"{split['planning'] / split['step']:.1%}", memory, gmac, rate / 1e9,
+           share, fixed]  # fmt: skip
     return {"row": [work.label, *row], "speed": speed, "memory": memory, "rate": rate,
-            "baseline": work.baseline}  # fmt: skip
+            "baseline": work.baseline, "input_size": size, "gmac": gmac,
+            "share": share}  # fmt: skip
+
+
+def measure_apart(topic: str, number: int, dtype: str, args: argparse.Namespace) -> dict:
+    """`measure` of a row of ROWS in a process of its own, so that peaks of memory are apart."""
+    command = [sys.executable, "-m", "tests.benchmark", *args.argv]
+    command += ["--row", f"{topic}:{number}:{dtype}"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    *profile, last = output.splitlines()
+    print(*profile, sep="\n", end="\n" if profile else "")
+    return json.loads(last)
 
 
 # ── methods ───────────────────────────────────────────────────────────────────────────
 
 
 class DenseMIM(nn.Module):
-    """SimMIM's compute: Swin on all tokens, one linear map to pixels, L1 loss on hidden patches.
+    """SimMIM's compute: all tokens encoded, one linear map to pixels, L1 loss on hidden patches.
 
     Its mask token, an elementwise choice between two tokens, is left out.
     """
 
-    def __init__(self, config: greenmim.ModelConfig) -> None:
+    def __init__(self, encoder: nn.Module, unit: int) -> None:
         super().__init__()
-        self.config = config
-        self.encoder = greenmim.SwinEncoder(config)
-        self.decoder = nn.Linear(self.encoder.channels[-1], config.mask_unit**2 * 3)
+        self.encoder, self.unit = encoder, unit
+        self.decoder = nn.Linear(encoder.channels[-1], unit**2 * 3)
 
     def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
         """(B, 3, H, W), (U - V,) -> loss"""
         prediction = self.decoder(self.encoder(images)).float()
-        target = greenmim.patchify(images, self.config.mask_unit)
+        target = greenmim.patchify(images, self.unit)
         return F.l1_loss(prediction.index_select(1, hidden), target.index_select(1, hidden))
+
+
+class DenseViT(hpvit.HPViT):
+    """MAE's encoder on all tokens."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, C)"""
+        [(x, _)] = self.outputs(images, [self.config.depth])
+        return self.norm(x)[:, 1:]
+
+
+def network(script: ModuleType, name: str, args: argparse.Namespace) -> str:
+    """`name`, or, with --model test, the script's smallest network of that kind."""
+    if args.model != "test":
+        return name
+    kind = name.split("_")[0]
+    return next(n for n in (f"{kind}_test", f"test_{kind}", "test") if n in script.MODELS)
 
 
 def model_named(name: str, **changes: int) -> greenmim.ModelConfig:
@@ -229,7 +261,7 @@ def model_named(name: str, **changes: int) -> greenmim.ModelConfig:
     return greenmim.model_config(greenmim.MODELS[greenmim.known_model(name)], **changes)
 
 
-def draw_mask(config: greenmim.ModelConfig, number: int) -> np.ndarray:
+def draw_mask(config: greenmim.ModelConfig | hpvit.ModelConfig, number: int) -> np.ndarray:
     """(U,) bool, True = hidden: the mask of a pre-training step."""
     noise = np.random.default_rng((0, number, 0, 1)).random(config.units**2, np.float32)
     return greenmim.random_mask(noise, MASK_RATIO)
@@ -252,7 +284,7 @@ def dense_work(args: argparse.Namespace, device: torch.device, small: bool) -> W
         size = config.input_size - config.mask_unit
         window = round(config.window_size * size / config.input_size)
         config = model_named(args.model, input_size=size, window_size=window)
-    model = DenseMIM(config).to(device)
+    model = DenseMIM(greenmim.SwinEncoder(config), config.mask_unit).to(device)
     return Workload(
         f"all tokens, {config.input_size} px", model, config.input_size,
         plan=lambda number: np.flatnonzero(draw_mask(config, number)), loss=model, slowness=3,
@@ -300,7 +332,7 @@ def unmixed_work(args: argparse.Namespace, device: torch.device) -> Workload:
 
 def mae_work(args: argparse.Namespace, device: torch.device) -> Workload:
     """Pre-training of the plain ViT that an HPViT is made from."""
-    config = hpvit.MODELS["plain_base"]
+    config = hpvit.MODELS[network(hpvit, "plain_base", args)]
     model = hpvit.MAE(config).to(device)
     return Workload(
         f"MAE ViT-B, {config.input_size} px, batch {args.batch_size}", model, config.input_size,
@@ -309,9 +341,19 @@ def mae_work(args: argparse.Namespace, device: torch.device) -> Workload:
     )  # fmt: skip
 
 
-HIERARCHIES = {
-    "plain ViT-B": ("plain_base", {}), "HPViT-B light": ("hpvit_base_light", {}),
-    "HPViT-B": ("hpvit_base", {}), "HPViT-B, all global": ("hpvit_base", {"windows": (0, 0, 0, 0)}),
+def dense_mae_work(args: argparse.Namespace, device: torch.device) -> Workload:
+    """The same ViT pre-trained on all tokens."""
+    config = replace(hpvit.MODELS[network(hpvit, "plain_base", args)], global_pool=False)
+    model = DenseMIM(DenseViT(config), config.patch_size).to(device)
+    return Workload(
+        f"all tokens, {config.input_size} px", model, config.input_size,
+        plan=lambda number: np.flatnonzero(draw_mask(config, number)), loss=model, slowness=3,
+    )  # fmt: skip
+
+
+HIERARCHIES = {  # network, and whether every stage attends globally
+    "plain ViT-B": ("plain_base", False), "HPViT-B light": ("hpvit_base_light", False),
+    "HPViT-B": ("hpvit_base", False), "HPViT-B, all global": ("hpvit_base", True),
 }  # fmt: skip
 
 
@@ -319,8 +361,10 @@ def hierarchy_work(
     args: argparse.Namespace, device: torch.device, label: str, size: int
 ) -> Workload:
     """Fine-tuning's step of one image."""
-    name, changes = HIERARCHIES[label]
-    config = hpvit.model_config(hpvit.MODELS[name], input_size=size, **changes)
+    name, everywhere = HIERARCHIES[label]
+    config = hpvit.MODELS[network(hpvit, name, args)]
+    windows = (0,) * len(config.depths) if everywhere else None
+    config = hpvit.model_config(config, input_size=size, windows=windows)
     model, target = hpvit.HPViTClassifier(config, 1000).to(device), torch.zeros(1, device=device)
 
     def forward() -> Tensor:
@@ -349,8 +393,10 @@ DISTILLED = (  # label, student, what is distilled, the teacher and its dtype, t
 def distilled_work(args: argparse.Namespace, device: torch.device, row: int) -> Workload:
     """Pre-training of a small ViT or Hiera, alone or with a teacher."""
     label, name, distill, teacher, dtype, baseline = DISTILLED[row]
-    config, there = replace(distill_lite.MODELS[name], distill=distill), None
+    name, there = network(distill_lite, name, args), None
+    config = replace(distill_lite.MODELS[name], distill=distill)
     if teacher:
+        teacher = network(distill_lite, teacher, args)
         there = distill_lite.teacher_model(distill_lite.MODELS[teacher]).requires_grad_(False)
         there = distill_lite.lower(there, dtype or torch.float32).to(device).eval()
     model = distill_lite.DistilledMAE(config, there, dtype).to(device)
@@ -367,6 +413,7 @@ def fastmim_work(
     args: argparse.Namespace, device: torch.device, name: str, size: int, target: str = "hog"
 ) -> Workload:
     """Pre-training of one backbone, of images of one size."""
+    name = network(fastmim, name, args)
     config = fastmim.model_config(fastmim.MODELS[name], input_size=size, target=target)
     model = fastmim.FastMIM(config).to(device)
 
@@ -389,20 +436,45 @@ METHODS: dict[str, list[Callable[[argparse.Namespace, torch.device], Workload]]]
         for size, target in ((128, "hog"), (128, "pixel"), (192, "hog"), (224, "hog"))
     ],
 }
+COMPARED = (  # method, its script, network, what its baseline is, the steps of both
+    ("GreenMIM", greenmim, "", "all tokens", greenmim_work, partial(dense_work, small=False)),
+    *(("FastMIM", fastmim, name, "at 224 px", partial(fastmim_work, name=name, size=128),
+       partial(fastmim_work, name=name, size=224)) for name in ("swin_b", "vit_b")),
+    ("MixMAE", mixmae, "", "not mixed", partial(mixmae_work, masked=False), unmixed_work),
+    ("MAE", hpvit, "plain_base", "all tokens", mae_work, dense_mae_work),
+    ("D-MAE", distill_lite, "vit_tiny", "no teacher", partial(distilled_work, row=1),
+     partial(distilled_work, row=0)),
+)  # fmt: skip
+ROWS = METHODS | {"methods": [work for *_, own, baseline in COMPARED for work in (own, baseline)]}
+
+
+def methods_topic(args: argparse.Namespace) -> None:
+    """A method a line; its baseline is measured right after it."""
+    rows = []
+    for dtype in args.dtype:
+        for k, (method, script, name, baseline, *_) in enumerate(COMPARED):
+            own, other = (measure_apart("methods", 2 * k + i, dtype, args) for i in range(2))
+            name = network(script, name or args.model, args)
+            rows.append([method, dtype, name, own["input_size"], own["speed"], baseline,
+                         other["speed"], f"{own['speed'] / other['speed']:.2f}", own["gmac"],
+                         own["share"], own["memory"]])  # fmt: skip
+    table(f"methods, batch {args.batch_size}", [
+        "method", "dtype", "network", "px", "images/s", "baseline", "its images/s", "ratio",
+        "GMAC/image", "share", "peak GB"], rows)  # fmt: skip
+    print("\nA step of pre-training. Baselines: GreenMIM, MAE: the same encoder on all tokens, a "
+          "linear map to pixels;\nFastMIM: itself at 224 px; MixMAE: its encoder fine-tuned, so "
+          "nothing mixed, no decoder; D-MAE, whose teacher\nis a ViT-B: the student alone. "
+          "Multiply-adds executed in both passes, a teacher's too; share: of the rate of\n"
+          "plain matrix products between the steps.")  # fmt: skip
 
 
 def method_topic(method: str, args: argparse.Namespace) -> None:
-    """A method's step beside its baselines; a process each, so that peaks of memory are apart."""
+    """A method's step beside its baselines."""
     rows, rates = [], []
     for dtype in args.dtype:
         results = []
         for number in range(len(METHODS[method])):
-            command = [sys.executable, "-m", "tests.benchmark", *args.argv]
-            command += ["--row", f"{method}:{number}:{dtype}"]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            *profile, last = output.splitlines()
-            print(*profile, sep="\n", end="\n" if profile else "")
-            results.append(json.loads(last))
+            results.append(measure_apart(method, number, dtype, args))
             result, first = results[-1], results[results[-1]["baseline"]]
             ratios = (f"{result[k] / first[k]:.2f}" for k in ("speed", "memory"))
             label, *values = result["row"]
@@ -667,6 +739,7 @@ def loader_topic(args: argparse.Namespace) -> None:
 # ── command line ──────────────────────────────────────────────────────────────────────
 
 TOPICS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "methods": methods_topic,
     **{method: partial(method_topic, method) for method in METHODS},
     "dense": dense_topic, "grouping": grouping_topic, "loader": loader_topic,
 }  # fmt: skip
@@ -704,9 +777,11 @@ def main(argv: Sequence[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.row:
-        method, number, dtype = args.row.split(":")
+        topic, number, dtype = args.row.split(":")
         process = greenmim.setup_process(args.device, dtype)
-        work = METHODS[method][int(number)](args, process.device)
+        work = ROWS[topic][int(number)](args, process.device)
+        if topic == "methods":  # one way to count for all
+            work = replace(work, executed=True)
         print(json.dumps(measure(work, process, args)))
         return 0
     print(machine())

@@ -6,6 +6,7 @@ mean bitwise. What has to survive attacks is in test_robust.py.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -30,7 +31,7 @@ from PIL import Image
 import greenmim
 from common import data
 from common.data import InputError
-from tests import scripts
+from tests import benchmark, scripts
 from tests.conftest import ROOT
 from tests.scripts import (
     CPU,
@@ -1307,3 +1308,29 @@ def test_a_skipped_step_puts_running_statistics_back(
     model = last(tmp_path / "out")["model"]
     assert (model["running_mean"].item(), model["forgotten"].item()) == (4, 6)
     assert [record["skipped_steps"] for record in log(tmp_path / "out")] == [1, 1]
+
+
+# ── tables that are made by hand ────────────────────────────────────────────────────────
+
+
+def test_benchmark_of_the_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Every row and its baseline, of the smallest networks, but in this process."""
+
+    def measure_here(topic: str, number: int, dtype: str, args: argparse.Namespace) -> dict:
+        assert benchmark.main([*args.argv, "--row", f"{topic}:{number}:{dtype}"]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.setattr(benchmark, "measure_apart", measure_here)
+    monkeypatch.setattr(benchmark, "product_rate", lambda process: 1e12)
+    monkeypatch.setattr(benchmark, "TABLES", [])
+    words = ["methods", "--model", "test", "--dtype", "fp32", "--steps", "1", "--batch_size", "2"]
+    assert benchmark.main([*words, "--json", str(tmp_path / "methods.json")]) == 0
+    [table] = json.loads((tmp_path / "methods.json").read_text())["tables"]
+    rows = [dict(zip(table["header"], row, strict=True)) for row in table["rows"]]
+    methods = ["GreenMIM", "FastMIM", "FastMIM", "MixMAE", "MAE", "D-MAE"]
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert row["ratio"] == f"{row['images/s'] / row['its images/s']:.2f}"
+        assert row["GMAC/image"] > 0 and row["peak GB"] > 0
