@@ -19,6 +19,7 @@ the smallest networks, to try the benchmark itself.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -52,6 +53,7 @@ import mixmae
 from common import data, grouping
 
 WARM_UP = 2
+TURN = "waiting for its turn"
 MASK_RATIO = 0.75
 # Per image through the released code, forward and backward.
 RELEASED_GFLOP = {("greenmim", "swin_b"): 24.5, ("mixmae", "swin_b"): 114.0}
@@ -178,6 +180,7 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
     step = partial(run_step, work, optimizer, process, pixels=pixels)
     splits, rates = [], [product_rate(process)]
     for number in range(WARM_UP + max(1, args.steps // work.slowness)):
+        take_turn()
         splits.append(step(number))
         rates.append(product_rate(process))
     memory, rate = max(s["memory"] for s in splits), statistics.median(rates)
@@ -208,14 +211,43 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
             "share": share}  # fmt: skip
 
 
-def measure_apart(topic: str, number: int, dtype: str, args: argparse.Namespace) -> dict:
-    """`measure` of a row of ROWS in a process of its own, so that peaks of memory are apart."""
-    command = [sys.executable, "-m", "tests.benchmark", *args.argv]
-    command += ["--row", f"{topic}:{number}:{dtype}"]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    *profile, last = output.splitlines()
-    print(*profile, sep="\n", end="\n" if profile else "")
-    return json.loads(last)
+def take_turn() -> None:
+    """Wait until the process that started this one lets it go on."""
+    print(TURN, flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the benchmark that asked for this row has ended")
+
+
+def listen(child: subprocess.Popen) -> dict | None:
+    """What `measure` found, or None if the process waits for its turn."""
+    for line in child.stdout:
+        if line.strip() == TURN:
+            return None
+        if line.startswith("{"):
+            return json.loads(line)
+        print(line, end="")  # of its profile
+    raise SystemExit(f"a row failed: {' '.join(child.args)}")
+
+
+def measure_apart(
+    topic: str, numbers: Sequence[int], dtype: str, args: argparse.Namespace
+) -> list[dict]:
+    """`measure` of rows of ROWS: in a process each, so that peaks of memory are apart, which take
+    their steps in turns, so that what else the machine does slows all of them down alike."""
+    command, found = [sys.executable, "-m", "tests.benchmark", *args.argv, "--row"], {}
+    with contextlib.ExitStack() as stack:
+        children = {}
+        for number in numbers:
+            child = subprocess.Popen([*command, f"{topic}:{number}:{dtype}"], text=True,
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+            children[number] = stack.enter_context(child)
+            listen(child)
+        while len(found) < len(children):
+            for number in children.keys() - found.keys():
+                print(file=children[number].stdin, flush=True)
+                if result := listen(children[number]):
+                    found[number] = result
+    return [found[number] for number in numbers]
 
 
 # ── methods ───────────────────────────────────────────────────────────────────────────
@@ -449,11 +481,11 @@ ROWS = METHODS | {"methods": [work for *_, own, baseline in COMPARED for work in
 
 
 def methods_topic(args: argparse.Namespace) -> None:
-    """A method a line; its baseline is measured right after it."""
+    """A method a line, its steps in turns with its baseline's."""
     rows = []
     for dtype in args.dtype:
         for k, (method, script, name, baseline, *_) in enumerate(COMPARED):
-            own, other = (measure_apart("methods", 2 * k + i, dtype, args) for i in range(2))
+            own, other = measure_apart("methods", (2 * k, 2 * k + 1), dtype, args)
             name = network(script, name or args.model, args)
             rows.append([method, dtype, name, own["input_size"], own["speed"], baseline,
                          other["speed"], f"{own['speed'] / other['speed']:.2f}", own["gmac"],
@@ -474,7 +506,7 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
     for dtype in args.dtype:
         results = []
         for number in range(len(METHODS[method])):
-            results.append(measure_apart(method, number, dtype, args))
+            results += measure_apart(method, [number], dtype, args)
             result, first = results[-1], results[results[-1]["baseline"]]
             ratios = (f"{result[k] / first[k]:.2f}" for k in ("speed", "memory"))
             label, *values = result["row"]
@@ -780,8 +812,8 @@ def main(argv: Sequence[str]) -> int:
         topic, number, dtype = args.row.split(":")
         process = greenmim.setup_process(args.device, dtype)
         work = ROWS[topic][int(number)](args, process.device)
-        if topic == "methods":  # one way to count for all
-            work = replace(work, executed=True)
+        if topic == "methods":  # one way to count, and as many steps of each
+            work = replace(work, executed=True, slowness=1)
         print(json.dumps(measure(work, process, args)))
         return 0
     print(machine())

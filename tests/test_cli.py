@@ -1318,11 +1318,14 @@ def test_benchmark_of_the_methods(
 ) -> None:
     """Every row and its baseline, of the smallest networks, but in this process."""
 
-    def measure_here(topic: str, number: int, dtype: str, args: argparse.Namespace) -> dict:
-        assert benchmark.main([*args.argv, "--row", f"{topic}:{number}:{dtype}"]) == 0
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    def measure_here(topic: str, rows: Sequence[int], dtype: str, args: argparse.Namespace) -> list:
+        for row in rows:
+            assert benchmark.main([*args.argv, "--row", f"{topic}:{row}:{dtype}"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
 
     monkeypatch.setattr(benchmark, "measure_apart", measure_here)
+    monkeypatch.setattr(benchmark, "take_turn", lambda: None)
     monkeypatch.setattr(benchmark, "product_rate", lambda process: 1e12)
     monkeypatch.setattr(benchmark, "TABLES", [])
     words = ["methods", "--model", "test", "--dtype", "fp32", "--steps", "1", "--batch_size", "2"]
@@ -1334,3 +1337,14 @@ def test_benchmark_of_the_methods(
     for row in rows:
         assert row["ratio"] == f"{row['images/s'] / row['its images/s']:.2f}"
         assert row["GMAC/image"] > 0 and row["peak GB"] > 0
+
+
+@pytest.mark.slow
+def test_benchmark_measures_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["greenmim", "--model", "test", "--dtype", "fp32", "--steps", "1", "--batch_size", "2"]
+    args = argparse.Namespace(argv=words)
+    first, second = benchmark.measure_apart("methods", (0, 1), "fp32", args)
+    assert first["row"][0] == "GreenMIM, 64 px" and second["row"][0] == "all tokens, 64 px"
+    with pytest.raises(SystemExit, match=r"a row failed: .* methods:99:fp32"):
+        benchmark.measure_apart("methods", (99,), "fp32", args)
