@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all golden lint same benchmark
+.PHONY: demo test test-all golden lint same benchmark compare
 demo: .venv/ready
 	$(BIN)/python greenmim.py demo
 
@@ -23,6 +23,9 @@ same: .venv/ready  # copy what the scripts share from greenmim.py to the others
 
 benchmark: .venv/ready
 	$(BIN)/python -m tests.benchmark
+
+compare: .venv/ready  # every demo, a table and docs/compare.png: a quarter of an hour
+	$(BIN)/python -m tests.compare
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -31,7 +31,7 @@ from PIL import Image
 import greenmim
 from common import data
 from common.data import InputError
-from tests import benchmark, scripts
+from tests import benchmark, compare, scripts
 from tests.conftest import ROOT
 from tests.scripts import (
     CPU,
@@ -1348,3 +1348,49 @@ def test_benchmark_measures_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first["row"][0] == "GreenMIM, 64 px" and second["row"][0] == "all tokens, 64 px"
     with pytest.raises(SystemExit, match=r"a row failed: .* methods:99:fp32"):
         benchmark.measure_apart("methods", (99,), "fp32", args)
+
+
+def test_comparison_of_demos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Demos that have ended are not run again; each picture is of its own columns."""
+
+    def fail(cfg: object) -> dict:
+        raise AssertionError("this demo has ended before")
+
+    def draw(cfg: greenmim.UseConfig) -> None:
+        """A column of each grey, in the sizes of the scripts: 192 or 256 pixels a tile."""
+        script = Path(cfg.weights).parent.parent.name
+        side, count = (128, 4) if script == "fastmim" else (64, 4 if script == "mixmae" else 3)
+        levels = torch.tensor([10, 60, 110, 160][:count], dtype=torch.uint8).view(-1, 1, 1, 1)
+        columns = data.normalize(levels.expand(-1, 3, side, side))
+        picture = data.draw_columns(columns.unsqueeze(1).expand(-1, 2, -1, -1, -1), "abcd"[:count])
+        data.save_picture(picture, cfg.output)
+
+    for script in scripts.SCRIPTS:
+        taught = {"distilled_acc1": 24.0} if script.SCRIPT == "distill_lite" else {}
+        result = {"pretrained_acc1": 22.4, "scratch_acc1": 14, "seconds": 60.5, **taught}
+        ended = tmp_path / "seed-3" / script.SCRIPT / "result.json"
+        ended.parent.mkdir(parents=True)
+        ended.write_text(json.dumps(result))
+        monkeypatch.setattr(script, "demo", fail)
+        monkeypatch.setattr(script, "reconstruct", draw)
+    words = ["--seed", "3", "--output", str(tmp_path), "--picture", str(tmp_path / "all.png")]
+    assert compare.main(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[2] == "| GreenMIM | 14.0 | 22.4 | +8.4 | 60 |"
+    assert lines[-1] == "| D2-MAE | 14.0 | 24.0 | +10.0 | 60 |" and len(lines) == 8
+    picture = Image.open(tmp_path / "all.png")
+    assert picture.width < 1200 and picture.height == 5 * (compare.TILE + compare.LABEL)
+    for row, columns in enumerate([(0, 1, 2), (1, 2, 3), (1, 2, 3), (0, 1, 2), (0, 1, 2)]):
+        y = (row + 1) * (compare.TILE + compare.LABEL) - 8
+        seen = [picture.getpixel((compare.MARGIN + k * compare.TILE + 8, y)) for k in range(3)]
+        assert seen == [((10, 60, 110, 160)[column],) * 3 for column in columns]
+
+
+def test_comparison_runs_a_demo_that_has_not_ended(tmp_path: Path) -> None:
+    script = types.SimpleNamespace()
+    script.configure = lambda command, **given: given
+    script.demo = lambda cfg: {"seconds": cfg["seed"]}
+    for seed in (1, 2):  # the second is answered by the first
+        assert compare.run_demo(script, tmp_path / "demo", seed) == {"seconds": 1}
