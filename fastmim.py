@@ -224,10 +224,10 @@ OTHER_NAMES = {  # the constructors of released code, and timm's
     "mim_cmt_small": "cmt_s", "cmt_small": "cmt_s",
 }
 RECIPES = {  # by command, recipe and, where it matters, model: what differs from the classes below
-    **{("pretrain", "published", name): {"batch_size": 256, "warmup_epochs": 10.0} | more
-       for names, more in ((("swin_b", "swin_l"), {"epochs": 400, "save_freq": 50}),
-                           (("pvtv2_b2", "pvtv2_b5", "cmt_s"), {}))  # ours
-       for name in names},
+    **{("pretrain", "published", name): {
+        "batch_size": 256, "warmup_epochs": 10.0, "save_freq": 50, "epochs": epochs}
+       for name, epochs in (("swin_b", 400), ("swin_l", 400),  # the latter and the following: ours
+                            ("pvtv2_b2", 800), ("pvtv2_b5", 800), ("cmt_s", 800))},
     **{("finetune", "published", name): {"blr": 1e-3, "layer_decay": 0.8} | more
        for names, more in ((("swin_b", "pvtv2_b2", "pvtv2_b5", "cmt_s"), {}),
                            (("swin_l",), {"window_size": 14}))  # of its released classifier
@@ -299,6 +299,7 @@ class PretrainConfig(RunConfig, MethodConfig):
     warmup_epochs: Amount = 20.0  # linear warm-up (released command)
     blr: Amount = 1.5e-4  # learning rate per 256 images (released command)
     min_lr: Amount = 0.0  # end of the cosine (released default)
+    decay_epoch: Count | None = None  # epochs to each tenth of the rate; none = cosine (released)
     weight_decay: Amount = 0.05  # AdamW (released command)
     clip_grad: Amount | None = None  # largest gradient norm; none = any (released)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.2  # smallest crop, share of the image (released)
@@ -1424,8 +1425,8 @@ def remap_table(table: Tensor, side: int) -> Tensor:
     source = math.isqrt(len(table))
     if source**2 != len(table) or source % 2 == 0:
         raise ValueError(f"a table of {len(table)} rows is of no window")
-    if source == side:
-        return table
+    if source in (1, side):  # windows of one token know no distances
+        return table.expand(side**2, -1).clone()
     operator = torch.from_numpy(spline_operator(geometric_positions(source, side),
                                                 np.arange(side) - side // 2))
     square = table.double().T.reshape(-1, source, source)
@@ -1888,41 +1889,46 @@ class Phase:
     config: ModelConfig
 
 
-def plan_phases(cfg: PretrainConfig, config: ModelConfig) -> list[Phase]:
-    """The phases of `--progressive`, or the only one; InputError says what does not fit."""
-    if not cfg.progressive:
-        check_masking(config)
-        return [Phase(0, 0, cfg.epochs, cfg.batch_size, config)]
+def phase_rows(cfg: PretrainConfig) -> list[list[int]]:
+    """[side, first epoch, batch] of each phase of `--progressive`; InputError if it is none."""
     flag, rows = f"--progressive {cfg.progressive}", []
-    if cfg.data_path and not cfg.output_dir:
+    if cfg.progressive and cfg.input_size:
+        raise InputError(f"{flag} names the sides of images: leave out --input_size")
+    if cfg.progressive and cfg.data_path and not cfg.output_dir:
         raise InputError(f"{flag}: a phase begins with the checkpoint of the last; --output_dir")
-    for part in cfg.progressive.split(","):
+    for part in cfg.progressive.split(",") if cfg.progressive else ():
         numbers = part.strip().split(":")
         if len(numbers) not in (2, 3) or not all(re.fullmatch(r"\d{1,6}", n) for n in numbers):
             raise InputError(f"{flag}: {part!r} is neither side:epoch nor side:epoch:batch; "
                              "128:0,160:200,192:300 would do")
         rows.append([*map(int, numbers), cfg.batch_size][:3])
+        if not 1 <= rows[-1][0] <= 4096 or rows[-1][2] < 1:
+            raise InputError(f"{flag}: no images of {rows[-1][0]} px, {rows[-1][2]} at a time")
     starts = [row[1] for row in rows]
-    if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= cfg.epochs:
+    if rows and (starts[0] or starts != sorted(set(starts)) or starts[-1] >= cfg.epochs):
         raise InputError(f"{flag}: first epochs {starts} have to rise from 0 and stay below the "
                          f"{cfg.epochs} of --epochs")
-    phases = []
+    return rows
+
+
+def plan_phases(cfg: PretrainConfig, config: ModelConfig) -> list[Phase]:
+    """The phases of `--progressive`, or the only one; InputError says what does not fit."""
+    rows = phase_rows(cfg) or [[config.input_size, 0, cfg.batch_size]]
+    ends, phases = [*(row[1] for row in rows[1:]), cfg.epochs], []
     for number, (side, start, batch) in enumerate(rows):
         block = config.block_size
-        if cfg.progressive_blocks == "cells":  # as many blocks as in the first phase
+        if cfg.progressive_blocks == "cells" and number:  # as many blocks as in the first phase
             if rows[0][0] % block or side % (rows[0][0] // block):
-                raise InputError(f"{flag}: {side} px cannot be cut into the {rows[0][0] // block} "
-                                 "blocks a side of the first phase; --progressive_blocks pixels")
+                raise InputError(f"--progressive {cfg.progressive}: {side} px cannot be cut into "
+                                 f"the {rows[0][0] // block} blocks a side of the first phase; "
+                                 "--progressive_blocks pixels")
             block = side // (rows[0][0] // block)
-        if not 1 <= side <= 4096 or batch < 1:
-            raise InputError(f"{flag}: no images of {side} px, {batch} at a time")
-        end = starts[number + 1] if number + 1 < len(rows) else cfg.epochs
         there = model_config(config, input_size=side, block_size=block)
         check_masking(there)
         if there.cell != config.cell:
-            raise InputError(f"{flag}: patches to predict would change from {config.cell} to "
-                             f"{there.cell} px; --target hog works")
-        phases.append(Phase(number, start, end, batch, there))
+            raise InputError(f"--progressive {cfg.progressive}: patches to predict would change "
+                             f"from {config.cell} to {there.cell} px; --target hog works")
+        phases.append(Phase(number, start, ends[number], batch, there))
     return phases
 
 
@@ -1975,7 +1981,8 @@ def pretrain(cfg: PretrainConfig) -> dict:
     """Pre-train on any tree of images; without --data_path, ten steps on the built-in ones."""
     process = setup_process(cfg.device, cfg.dtype)
     file = read_checkpoint(cfg.weights) if cfg.weights else None
-    name, config = choose_config(cfg, file)
+    rows = phase_rows(cfg)
+    name, config = choose_config(replace(cfg, input_size=rows[0][0]) if rows else cfg, file)
     cfg = replace(cfg, model=name)
     phases = plan_phases(cfg, config)
     found = newest(cfg) if cfg.data_path and len(phases) > 1 else None
@@ -1995,6 +2002,15 @@ def pretrain(cfg: PretrainConfig) -> dict:
             process.say("dry run: to pre-train on your images, give --data_path FOLDER")
             break
     return record
+
+
+def pretraining_lr(cfg: PretrainConfig, epoch: float, lr: float) -> float:
+    """Learning rate at a fractional epoch, of all phases together: warm-up, then a cosine, or with
+    `decay_epoch` a tenth of it after as many epochs, warm-up included, and so on."""
+    warmup = cfg.warmup_epochs
+    if cfg.decay_epoch and epoch >= warmup:
+        return lr * 0.1 ** (epoch // cfg.decay_epoch)
+    return lr_at(epoch, lr, 0.0, cfg.min_lr, warmup, warmup, cfg.epochs)
 
 
 def pretrain_phase(cfg: PretrainConfig, process: Process, file: dict | None, phase: Phase) -> dict:
@@ -2028,11 +2044,8 @@ def pretrain_phase(cfg: PretrainConfig, process: Process, file: dict | None, pha
         masks_of(number + 1)  # now, while a GPU is busy with the forward pass
         return loss
 
-    total = cfg.epochs  # of all phases, along one cosine
-
     def schedule(step: int, scale: float) -> float:
-        epoch, warmup = step / len(loader), cfg.warmup_epochs
-        return scale * lr_at(epoch, lr, 0.0, cfg.min_lr, warmup, warmup, total)
+        return scale * pretraining_lr(cfg, step / len(loader), lr)
 
     def end_of_epoch(epoch: int, _: list[dict]) -> dict:
         due = (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == phase.end
@@ -2044,7 +2057,7 @@ def pretrain_phase(cfg: PretrainConfig, process: Process, file: dict | None, pha
             data.save_picture(picture, output / f"reconstruction-{epoch}.png")
             backbone = {"model": export_state(model.encoder, "official"), "args": args}
             data.save_file(output / "backbone.pth", partial(torch.save, backbone))
-        return {}
+        return {"phase": phase.number + 1, "input_size": side} if cfg.progressive else {}
 
     epochs = phase.end if cfg.data_path else 1
     return train(replace(cfg, epochs=epochs), process, parts, loader, args, schedule, loss_of,
