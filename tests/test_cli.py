@@ -28,6 +28,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastmim
 import greenmim
 from common import data
 from common.data import InputError
@@ -620,17 +621,18 @@ def test_a_warm_up_longer_than_the_run_is_told(
 
 
 DISTILLED: list[float] = []  # what the teacher was worth, by seed
+DEMOS = [(script, "demo") for script in scripts.SCRIPTS] + [(fastmim, "demo_swin")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@each_script
+@pytest.mark.parametrize(("script", "model"), DEMOS, ids=lambda x: getattr(x, "SCRIPT", x))
 def test_demo(
-    script: ModuleType, seed: int, tmp_path: Path, request: pytest.FixtureRequest
+    script: ModuleType, model: str, seed: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if seed >= request.config.getoption("--demo_seeds"):
         pytest.skip("--demo_seeds 3 runs all three")
-    words = [sys.executable, script.__file__, "demo", "--seed", str(seed)]
+    words = [sys.executable, script.__file__, "demo", "--seed", str(seed), "--model", model]
     done = subprocess.run(
         [*words, "--output", str(tmp_path / "demo")], capture_output=True, text=True, timeout=1200
     )
@@ -992,6 +994,7 @@ from pathlib import Path
 
 import torch
 
+import fastmim
 import greenmim
 
 rank, output = os.environ["RANK"], Path(argv[0])
