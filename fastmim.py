@@ -87,6 +87,7 @@ import time
 import typing
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache, partial
@@ -650,7 +651,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        fc1, fc2 = nn.Linear(dim, int(dim * mlp_ratio)), nn.Linear(int(dim * mlp_ratio), dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(), fc2=fc2))
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, *plan: object) -> Tensor:
@@ -1225,7 +1227,6 @@ BACKBONES = {"vit": ViT, "swin": Swin, "pvtv2": PVTv2, "cmt": CMT}
 
 def read_checkpoint(path: str | Path) -> dict:
     """A .pth or .safetensors file as {"model": state dict, "args": dict, ...}, checked.
-
     Runs no code from the file, and asks for no more memory than the file has bytes. "args" is
     what a script of ours wrote there, or empty."""
     with data.blaming(path):
@@ -1628,7 +1629,6 @@ def prepare(cfg: RunConfig, process: Process, config: ModelConfig, split: str, c
             per: int) -> tuple[RunConfig, data.TrainLoader, float, dict]:
     """Config, loader of a split ("" = all images), peak learning rate (cfg.blr is for `per`
     images) and what a checkpoint says of its run, plain values only.
-
     Without --data_path the config returned is that of a dry run: ten steps, nothing written."""
     command, device = "pretrain" if isinstance(cfg, PretrainConfig) else "finetune", process.device
     usual = asdict(configure(command, model=cfg.model, recipe=cfg.recipe))
@@ -1728,8 +1728,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
 # ── training loop ─────────────────────────────────────────────────────────────────────
 
 def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoader, args: dict,
-          schedule: Callable[[int, float], float],
-          loss_of: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
+          schedule: Callable[[int, float], float], loss_of: Callable[..., Tensor],
           end_of_epoch: Callable[[int, list[dict]], dict]) -> dict:
     """The loop of `pretrain` and `finetune`; returns the last record of the log.
     `parts` (model, optimizer, ema) and `args` make a checkpoint. `schedule(step, lr_scale)` is a
@@ -1799,15 +1798,14 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 if bar.disable:
                     process.say(f"step {step}/{total}: loss {loss:.4f}, {speed:.1f} images/s")
             if step % per_epoch == 0:
-                record = summary(log, optimizer) | {"images_per_second": speed}
-                record |= {"memory_gb": memory_gb(device)}
+                record = summary(log, optimizer, device) | {"images_per_second": speed}
                 record |= end_of_epoch(record["epoch"], log["records"])
                 log = {"records": [*log["records"], record], "epoch": {}}
                 process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
                 board(record, step, output / f"reconstruction-{record['epoch']}.png")
             if cfg.output_dir and (step % per_epoch == 0 or due or stopping):
                 content = {"epoch": step // per_epoch, "step": step, "args": args, "log": log}
-                good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
+                good = save_training(cfg, process, parts, content, good)
                 saved = time.monotonic()
         if stopping and step < total:
             process.say(f"stopped after step {step}" + (
@@ -1837,18 +1835,17 @@ def tell_all(process: Process, optimizer: torch.optim.Optimizer, scaler: torch.a
     return process.sum(torch.cat([torch.stack(told), host])).tolist()
 
 
-def summary(log: dict, optimizer: torch.optim.Optimizer) -> dict:
+def summary(log: dict, optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
     """An epoch's record from its sums over steps."""
     sums = log["epoch"]
     return {"epoch": len(log["records"]), "train_loss": sums["loss"] / max(sums["losses"], 1),
             "train_lr": max(group["lr"] for group in optimizer.param_groups),
             "unreadable_images": int(sums["unreadable"]), "skipped_steps": int(sums["skipped"]),
-            "data_wait": sums["waited"] / sums["seconds"]}
+            "data_wait": sums["waited"] / sums["seconds"], "memory_gb": memory_gb(device)}
 
 
-def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, whole: bool,
-                  good: str) -> str:
-    """Have rank 0 write checkpoint-last.pth and, after a `whole` epoch, log.txt and what
+def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, good: str) -> str:
+    """Have rank 0 write checkpoint-last.pth and, at the end of an epoch, log.txt and what
     `save_freq` asks for. Returns the words that name the last good checkpoint, on every rank;
     weights that are not finite are an error."""
     for name, value in parts["model"].state_dict().items():
@@ -1856,7 +1853,7 @@ def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, 
             raise TrainingError(f"{name} is no longer finite, try a lower learning rate; {good}")
     output, epoch = Path(cfg.output_dir), content["epoch"]
     paths = [output / "checkpoint-last.pth"]
-    if whole:
+    if not content["log"]["epoch"]:  # the sums of an epoch that is not whole
         lines = "".join(json.dumps(record) + "\n" for record in content["log"]["records"])
         if process.rank == 0:
             data.save_file(output / "log.txt", lambda file: file.write(lines.encode()))
@@ -2442,10 +2439,9 @@ def fit(hint: object, value: object) -> object:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         kind, (low, high) = options
-        try:
+        number = None
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = kind(value)
-        except (TypeError, ValueError, OverflowError):
-            number = None
         if number is None or (number != value and not isinstance(value, str)):
             raise ValueError(f"is no {'whole ' if kind is int else ''}number")
         if not low <= number <= high:
@@ -2506,39 +2502,35 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
     config_class, function = COMMANDS.get(command) or configure(command)  # which knows the error
     parser = argparse.ArgumentParser(
         prog=f"{SCRIPT}.py {command}", description=function.__doc__, allow_abbrev=False,
-        epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help; "
-               f"models: {', '.join(MODELS)}")
-
-    def refuse(message: str) -> typing.NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-    parser.error = refuse  # one sentence
+        exit_on_error=False, epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help; "
+                                    f"models: {', '.join(MODELS)}")
     hints, helps = typing.get_type_hints(config_class), {}
     for base in reversed(config_class.__mro__[:-1]):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for field in fields(config_class):
-        hint, how = hints[field.name], {}
-        for kind in (hint, *typing.get_args(hint)):
+        kinds = (hints[field.name], *typing.get_args(hints[field.name]))
+        how = {"action": argparse.BooleanOptionalAction} if bool in kinds else {}
+        for kind in kinds:
             if typing.get_origin(kind) is Literal:
                 how = {"metavar": "{" + ",".join(typing.get_args(kind)) + "}"}
-        if bool in (hint, *typing.get_args(hint)):
-            how = {"action": argparse.BooleanOptionalAction}
         names = dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")])
         text = f"{helps[field.name]} [{field.default}]".replace("%", "%%")
         parser.add_argument(*names, default=argparse.SUPPRESS, help=text, **how)
     flags = argv[1:] if argv[:1] == [command] else argv
     flags = ["--no-" + flag[5:] if flag.startswith("--no_") else flag for flag in flags]
-    known, rest = parser.parse_known_args(flags)
+    try:
+        known, rest = parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error} (see --help)") from None
     if rest and rest[0].startswith("--"):  # the error that names the closest flags
         configure(command, **{rest[0][2:].partition("=")[0].replace("-", "_"): None})
     if rest:
-        refuse(f"unrecognized arguments: {' '.join(rest)}")
+        raise InputError(f"unrecognized arguments: {' '.join(rest)} (see --help)")
     return function, configure(command, **vars(known))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: 0 = done, or stopped by SIGTERM and saved; else one sentence on stderr, and
-    2 = the input cannot work, 130 = stopped by Ctrl-C, 1 = anything else."""
+    """Run a command; the exit code, and a sentence on errors, are those of `data.exit_code`."""
 
     def work() -> None:
         function, cfg = parse_config(sys.argv[1:] if argv is None else list(argv))

@@ -78,6 +78,7 @@ import time
 import typing
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache, partial
@@ -339,7 +340,6 @@ class MaskPlan:
 
 def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = None) -> MaskPlan:
     """Plan for `mask`, bool (rows, columns) of units or flat (U,) for a square, True = hidden.
-
     `noise` (U,), which the mask was drawn from, is needed for `release` "2023" and "2022" only.
     Raises ValueError if the mask is of another size or leaves nothing visible."""
     mask = np.asarray(mask, bool)
@@ -348,20 +348,17 @@ def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = 
     keep = ~mask if mask.ndim == 2 else ~mask.reshape(config.units, config.units)
     if not keep.any():
         raise ValueError("the mask leaves nothing visible")
-    windows, merges = [], []
-    for stage in range(len(config.depths)):
-        k = config.unit_tokens(stage)
-        visible = keep.repeat(k, 0).repeat(k, 1)  # (h, w) tokens of the whole map
-        if stage == 0:
-            patches = np.flatnonzero(visible)
-        if k > 1:
-            merges.append(plan_merge(visible))
+    sides = [config.unit_tokens(stage) for stage in range(len(config.depths))]
+    maps = [keep.repeat(k, 0).repeat(k, 1) for k in sides]  # (h, w) of each stage: which to see
+    windows = []
+    for stage, seen in enumerate(maps):
         # The model holds the visible tokens of each stage in raster order; after merging too,
         # because that goes through the 2x2 blocks in raster order.
-        rows, columns = np.nonzero(visible)
+        rows, columns = np.nonzero(seen)
         if config.release == "2022" and stage > 0:
-            rows, columns = misread_coordinates(rows, columns, k, visible.shape[1])
-        windows.append(plan_windows(config, stage, rows, columns, visible.shape))
+            rows, columns = misread_coordinates(rows, columns, sides[stage], seen.shape[1])
+        windows.append(plan_windows(config, stage, rows, columns, seen.shape))
+    patches, merges = np.flatnonzero(maps[0]), [plan_merge(seen) for seen in maps[:-1]]
 
     visible, hidden = np.flatnonzero(keep), np.flatnonzero(~keep)
     latents = np.arange(len(visible))
@@ -384,11 +381,9 @@ def plan_windows(config: ModelConfig, stage: int, rows: np.ndarray, columns: np.
     # run on padded slots too. Here they do not, yet of the costs tried this gives the fastest
     # layer (README).
     cost = grouping.layer_cost(config.embed_dim * 2**stage)
-    sizing, plans = partial(grouping.cheapest_groups, cost=cost), []
-    for offset in [(0, 0), shift] if any(shift) else [(0, 0)]:
-        ids = grouping.window_ids(rows, columns, window, offset)
-        plans.append(grouping.plan_groups(rows, columns, ids, window, sizing))
-    return plans
+    sizing = partial(grouping.cheapest_groups, cost=cost)
+    ids = [grouping.window_ids(rows, columns, window, s) for s in dict.fromkeys([(0, 0), shift])]
+    return [grouping.plan_groups(rows, columns, found, window, sizing) for found in ids]
 
 
 def plan_merge(visible: np.ndarray) -> np.ndarray:
@@ -443,31 +438,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.matmul(logits.softmax(-1, dtype=torch.float32).to(v.dtype), v)
 
 
-class Mlp(nn.Module):
-    """Eq. (3) without its norm and residual."""
+class Attention(nn.Module):
+    """Full self-attention of the decoder."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        layout = "b n (three h d) -> three b h n d"
+        q, k, v = rearrange(self.qkv(x), layout, three=3, h=self.num_heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
-class GroupWindowAttention(nn.Module):
+class GroupWindowAttention(Attention):
     """Eq. (2) without its norm and residual: window attention over the tokens that a plan groups.
-
     With nothing masked this is Swin's (shifted) window attention, however windows are grouped;
     border windows are cut where Swin rolls the map and masks what the roll joined."""
 
     def __init__(self, dim: int, num_heads: int, window: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads)
         rows = (2 * window - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, plan: grouping.GroupPlan) -> Tensor:
@@ -487,22 +482,6 @@ class GroupWindowAttention(nn.Module):
         return self.proj(x)
 
 
-class Attention(nn.Module):
-    """Full self-attention of the decoder."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layout = "b n (three h d) -> three b h n d"
-        q, k, v = rearrange(self.qkv(x), layout, three=3, h=self.num_heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block around any attention; `plan` goes to the attention."""
 
@@ -512,7 +491,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        fc1, fc2 = nn.Linear(dim, int(dim * mlp_ratio)), nn.Linear(int(dim * mlp_ratio), dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(), fc2=fc2))
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, *plan: object) -> Tensor:
@@ -554,13 +534,12 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """Blocks that alternate between the plain and the shifted plan, then merging."""
 
-    def __init__(self, config: ModelConfig, stage: int, eps: float,
-                 drop_paths: Sequence[float]) -> None:
+    def __init__(self, config: ModelConfig, stage: int, eps: float, rates: list[float]) -> None:
         super().__init__()
         dim, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         attention = partial(GroupWindowAttention, dim, heads, config.window(stage))
         self.blocks = nn.ModuleList(
-            Block(dim, attention(), config.mlp_ratio, eps, rate) for rate in drop_paths)
+            Block(dim, attention(), config.mlp_ratio, eps, rate) for rate in rates)
         last = stage == len(config.depths) - 1
         self.downsample = nn.Identity() if last else PatchMerging(dim, eps)
 
@@ -593,7 +572,6 @@ class SwinEncoder(nn.Module):
 
     def dense_plan(self, height: int, width: int, device: torch.device) -> MaskPlan:
         """The plan with nothing masked for images of that many pixels, kept by size.
-
         Its coordinates are right whatever the release: fine-tuning never had the wrong ones."""
         unit, key = self.config.mask_unit, (height, width, device)
         if height % unit or width % unit:
@@ -722,7 +700,6 @@ INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table"
 
 def read_checkpoint(path: str | Path) -> dict:
     """A .pth or .safetensors file as {"model": state dict, "args": dict, ...}, checked.
-
     Runs no code from the file, and asks for no more memory than the file has bytes. "args" is
     what a script of ours wrote there, or empty."""
     with data.blaming(path):
@@ -818,22 +795,17 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
                  release: str | None = None, fresh_head: bool = False) -> tuple[nn.Module, str]:
     """What `make` builds (GreenMIM, encoder, classifier) with the weights of a file that was read,
     if there is one, and a sentence on what was adapted; InputError names what does not fit.
-
-    `release` is that of a foreign file; only if `fresh_head` a head that does not fit is left out.
-    """
+    `release` is a foreign file's; only if `fresh_head` a head that does not fit is left out."""
     if file is None:
         return make(), ""
     with data.blaming(path):
         with torch.device("meta"):  # no memory is taken before all shapes are known to agree
             skeleton = make()
         own, state, notes = skeleton.state_dict(), file["model"], []
+        skipped = (*INDEX_BUFFERS, "decoder_pos_embed")  # the latter is made for the size in use
         if not isinstance(skeleton, GreenMIM):
             state = swin_names(state)
-        elif any(k.startswith("decoder_pred.") for k in state):
-            computed = (*INDEX_BUFFERS, "decoder_pos_embed")  # the latter for the size in use
-            own, state = ({k: v for k, v in x.items() if not k.endswith(computed)}
-                          for x in (own, state))
-        else:
+        elif not any(k.startswith("decoder_pred.") for k in state):
             raise ValueError("it has no decoder (mask_token): give pretrain's checkpoint-*.pth")
         if release == "2022" and not file["args"]:
             state, notes = swap_merging(state), ["merging weights of the first release reordered"]
@@ -844,10 +816,9 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             notes.append(f"{len(resized)} relative position tables interpolated")
         head = [k for k in ("head.weight", "head.bias") if k in own]
         fresh = fresh_head and any(k not in state or state[k].shape != own[k].shape for k in head)
-        if fresh or not head:
-            notes += ["the head starts fresh"] if fresh else []
-            own, state = ({k: v for k, v in x.items() if k not in ("head.weight", "head.bias")}
-                          for x in (own, state))
+        notes += ["the head starts fresh"] if fresh else []
+        skipped += ("head.weight", "head.bias") if fresh or not head else ()
+        own, state = ({k: v for k, v in x.items() if not k.endswith(skipped)} for x in (own, state))
         check_keys(state, own)
     model = make()
     model.load_state_dict(state, strict=False)
@@ -880,14 +851,10 @@ def resize_bias_table(table: Tensor, rows: int) -> Tensor:
     steps = np.cumsum(q ** np.arange(source // 2))
     x = np.concatenate([-steps[::-1], [0.0], steps])
     t = np.clip(np.arange(target) - target // 2, x[0], x[-1])
-
-    def basis(at: np.ndarray) -> np.ndarray:
-        # Not-a-knot: no third derivative jumps at the second and the last but one point.
-        at, knots = at[:, None] / max(x[-1], 1), x[2:-2] / max(x[-1], 1)
-        cubic = at ** np.arange(min(source, 4))
-        return np.hstack([cubic, np.maximum(at - knots, 0) ** 3])
-
-    w = torch.from_numpy(np.linalg.solve(basis(x).T, basis(t).T).T)
+    # Not-a-knot: no third derivative jumps at the second and the last but one point.
+    at, knots = (values / max(x[-1], 1) for values in (np.append(x, t)[:, None], x[2:-2]))
+    basis = np.hstack([at ** np.arange(min(source, 4)), np.maximum(at - knots, 0) ** 3])
+    w = torch.from_numpy(np.linalg.solve(basis[:source].T, basis[source:].T).T)
     z = rearrange(table.double(), "(r c) h -> h r c", r=source)
     return rearrange(w @ z @ w.T, "h r c -> (r c) h").to(table.dtype)
 
@@ -974,11 +941,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int
 
 def layer_id(name: str, depths: Sequence[int]) -> int:
     """0 for the patch embedding, 1.. for blocks; a merging counts with the block before it."""
-    if name.startswith("patch_embed."):
-        return 0
     found = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
     if not found:
-        return sum(depths) + 1
+        return 0 if name.startswith("patch_embed.") else sum(depths) + 1
     stage, block = int(found[1]), found[2]
     return sum(depths[:stage]) + (depths[stage] if block is None else int(block) + 1)
 
@@ -1021,7 +986,6 @@ def prepare(cfg: RunConfig, process: Process, config: ModelConfig, split: str, c
             per: int) -> tuple[RunConfig, data.TrainLoader, float, dict]:
     """Config, loader of a split ("" = all images), peak learning rate (cfg.blr is for `per`
     images) and what a checkpoint says of its run, plain values only.
-
     Without --data_path the config returned is that of a dry run: ten steps, nothing written."""
     command, device = "pretrain" if isinstance(cfg, PretrainConfig) else "finetune", process.device
     usual = asdict(configure(command, model=cfg.model, recipe=cfg.recipe))
@@ -1121,8 +1085,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
 # ── training loop ─────────────────────────────────────────────────────────────────────
 
 def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoader, args: dict,
-          schedule: Callable[[int, float], float],
-          loss_of: Callable[[nn.Module, Tensor, Tensor, int], Tensor],
+          schedule: Callable[[int, float], float], loss_of: Callable[..., Tensor],
           end_of_epoch: Callable[[int, list[dict]], dict]) -> dict:
     """The loop of `pretrain` and `finetune`; returns the last record of the log.
     `parts` (model, optimizer, ema) and `args` make a checkpoint. `schedule(step, lr_scale)` is a
@@ -1192,15 +1155,14 @@ def train(cfg: RunConfig, process: Process, parts: dict, loader: data.TrainLoade
                 if bar.disable:
                     process.say(f"step {step}/{total}: loss {loss:.4f}, {speed:.1f} images/s")
             if step % per_epoch == 0:
-                record = summary(log, optimizer) | {"images_per_second": speed}
-                record |= {"memory_gb": memory_gb(device)}
+                record = summary(log, optimizer, device) | {"images_per_second": speed}
                 record |= end_of_epoch(record["epoch"], log["records"])
                 log = {"records": [*log["records"], record], "epoch": {}}
                 process.say(", ".join(f"{k} {v:.4g}" for k, v in record.items()))
                 board(record, step, output / f"reconstruction-{record['epoch']}.png")
             if cfg.output_dir and (step % per_epoch == 0 or due or stopping):
                 content = {"epoch": step // per_epoch, "step": step, "args": args, "log": log}
-                good = save_training(cfg, process, parts, content, step % per_epoch == 0, good)
+                good = save_training(cfg, process, parts, content, good)
                 saved = time.monotonic()
         if stopping and step < total:
             process.say(f"stopped after step {step}" + (
@@ -1230,18 +1192,17 @@ def tell_all(process: Process, optimizer: torch.optim.Optimizer, scaler: torch.a
     return process.sum(torch.cat([torch.stack(told), host])).tolist()
 
 
-def summary(log: dict, optimizer: torch.optim.Optimizer) -> dict:
+def summary(log: dict, optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
     """An epoch's record from its sums over steps."""
     sums = log["epoch"]
     return {"epoch": len(log["records"]), "train_loss": sums["loss"] / max(sums["losses"], 1),
             "train_lr": max(group["lr"] for group in optimizer.param_groups),
             "unreadable_images": int(sums["unreadable"]), "skipped_steps": int(sums["skipped"]),
-            "data_wait": sums["waited"] / sums["seconds"]}
+            "data_wait": sums["waited"] / sums["seconds"], "memory_gb": memory_gb(device)}
 
 
-def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, whole: bool,
-                  good: str) -> str:
-    """Have rank 0 write checkpoint-last.pth and, after a `whole` epoch, log.txt and what
+def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, good: str) -> str:
+    """Have rank 0 write checkpoint-last.pth and, at the end of an epoch, log.txt and what
     `save_freq` asks for. Returns the words that name the last good checkpoint, on every rank;
     weights that are not finite are an error."""
     for name, value in parts["model"].state_dict().items():
@@ -1249,7 +1210,7 @@ def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, 
             raise TrainingError(f"{name} is no longer finite, try a lower learning rate; {good}")
     output, epoch = Path(cfg.output_dir), content["epoch"]
     paths = [output / "checkpoint-last.pth"]
-    if whole:
+    if not content["log"]["epoch"]:  # the sums of an epoch that is not whole
         lines = "".join(json.dumps(record) + "\n" for record in content["log"]["records"])
         if process.rank == 0:
             data.save_file(output / "log.txt", lambda file: file.write(lines.encode()))
@@ -1287,9 +1248,8 @@ def pretrain(cfg: PretrainConfig) -> dict:
     groups = parameter_groups(model.to(process.device), cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.95), fused=process.device.type != "mps")
 
-    @lru_cache(2)
-    def plan_of(number: int) -> MaskPlan:
-        return draw_plan(config, cfg.mask_ratio, (cfg.seed, number, process.rank, 1))
+    plan_of = lru_cache(2)(lambda number: draw_plan(
+        config, cfg.mask_ratio, (cfg.seed, number, process.rank, 1)))
 
     def loss_of(net: nn.Module, images: Tensor, _: Tensor, number: int) -> Tensor:
         loss, _ = net(images, to_device(plan_of(number), process.device))
@@ -1530,8 +1490,7 @@ def draw_reconstructions(model: GreenMIM, pixels: Tensor,
     seen, filled = patches.clone(), patches.clone()
     seen[:, plan.hidden], filled[:, plan.hidden] = 0.0, prediction  # 0 is the mean colour
     layout = "k b (h w) (p q c) -> k b c (h p) (w q)"
-    columns = torch.stack([patches, seen, filled])
-    columns = rearrange(columns, layout, h=model.config.units, p=size, q=size)
+    columns = rearrange([patches, seen, filled], layout, h=model.config.units, p=size, q=size)
     return data.draw_columns(columns, ("image", "visible", label)), loss.item()
 
 
@@ -1630,11 +1589,9 @@ def demo(cfg: UseConfig) -> dict:
 
 # ── command line ──────────────────────────────────────────────────────────────────────
 
-COMMANDS = {
-    "pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune),
-    **{function.__name__: (UseConfig, function)
-       for function in (evaluate, reconstruct, export, features, demo)},
-}
+USES = (evaluate, reconstruct, export, features, demo)
+COMMANDS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune),
+            **{function.__name__: (UseConfig, function) for function in USES}}
 
 
 def fit(hint: object, value: object) -> object:
@@ -1643,10 +1600,9 @@ def fit(hint: object, value: object) -> object:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         kind, (low, high) = options
-        try:
+        number = None
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = kind(value)
-        except (TypeError, ValueError, OverflowError):
-            number = None
         if number is None or (number != value and not isinstance(value, str)):
             raise ValueError(f"is no {'whole ' if kind is int else ''}number")
         if not low <= number <= high:
@@ -1707,39 +1663,35 @@ def parse_config(argv: Sequence[str]) -> tuple[Callable, RunConfig | UseConfig]:
     config_class, function = COMMANDS.get(command) or configure(command)  # which knows the error
     parser = argparse.ArgumentParser(
         prog=f"{SCRIPT}.py {command}", description=function.__doc__, allow_abbrev=False,
-        epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help; "
-               f"models: {', '.join(MODELS)}")
-
-    def refuse(message: str) -> typing.NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-    parser.error = refuse  # one sentence
+        exit_on_error=False, epilog=f"commands: {', '.join(COMMANDS)}; each has its own --help; "
+                                    f"models: {', '.join(MODELS)}")
     hints, helps = typing.get_type_hints(config_class), {}
     for base in reversed(config_class.__mro__[:-1]):
         helps |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M))
     for field in fields(config_class):
-        hint, how = hints[field.name], {}
-        for kind in (hint, *typing.get_args(hint)):
+        kinds = (hints[field.name], *typing.get_args(hints[field.name]))
+        how = {"action": argparse.BooleanOptionalAction} if bool in kinds else {}
+        for kind in kinds:
             if typing.get_origin(kind) is Literal:
                 how = {"metavar": "{" + ",".join(typing.get_args(kind)) + "}"}
-        if bool in (hint, *typing.get_args(hint)):
-            how = {"action": argparse.BooleanOptionalAction}
         names = dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")])
         text = f"{helps[field.name]} [{field.default}]".replace("%", "%%")
         parser.add_argument(*names, default=argparse.SUPPRESS, help=text, **how)
     flags = argv[1:] if argv[:1] == [command] else argv
     flags = ["--no-" + flag[5:] if flag.startswith("--no_") else flag for flag in flags]
-    known, rest = parser.parse_known_args(flags)
+    try:
+        known, rest = parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error} (see --help)") from None
     if rest and rest[0].startswith("--"):  # the error that names the closest flags
         configure(command, **{rest[0][2:].partition("=")[0].replace("-", "_"): None})
     if rest:
-        refuse(f"unrecognized arguments: {' '.join(rest)}")
+        raise InputError(f"unrecognized arguments: {' '.join(rest)} (see --help)")
     return function, configure(command, **vars(known))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: 0 = done, or stopped by SIGTERM and saved; else one sentence on stderr, and
-    2 = the input cannot work, 130 = stopped by Ctrl-C, 1 = anything else."""
+    """Run a command; the exit code, and a sentence on errors, are those of `data.exit_code`."""
 
     def work() -> None:
         function, cfg = parse_config(sys.argv[1:] if argv is None else list(argv))
