@@ -352,8 +352,7 @@ def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = 
     maps = [keep.repeat(k, 0).repeat(k, 1) for k in sides]  # (h, w) of each stage: which to see
     windows = []
     for stage, seen in enumerate(maps):
-        # The model holds the visible tokens of each stage in raster order; after merging too,
-        # because that goes through the 2x2 blocks in raster order.
+        # In every stage the visible tokens stand in raster order, as merging takes the blocks.
         rows, columns = np.nonzero(seen)
         if config.release == "2022" and stage > 0:
             rows, columns = misread_coordinates(rows, columns, sides[stage], seen.shape[1])
@@ -377,9 +376,8 @@ def plan_windows(config: ModelConfig, stage: int, rows: np.ndarray, columns: np.
     window = config.window(stage)
     # As in Swin, an axis that one window covers is never shifted.
     shift = tuple(window // 2 if side > window else 0 for side in shape)
-    # The paper's cost of a group size: the multiply-adds of an attention layer whose projections
-    # run on padded slots too. Here they do not, yet of the costs tried this gives the fastest
-    # layer (README).
+    # The paper's cost of a group size: multiply-adds of a layer whose projections run on padded
+    # slots too. Here they do not, yet of the costs tried it gives the fastest layer (README).
     cost = grouping.layer_cost(config.embed_dim * 2**stage)
     sizing = partial(grouping.cheapest_groups, cost=cost)
     ids = [grouping.window_ids(rows, columns, window, s) for s in dict.fromkeys([(0, 0), shift])]
@@ -586,8 +584,7 @@ class SwinEncoder(nn.Module):
     def stages(self, images: Tensor, plan: MaskPlan | None = None) -> list[Tensor]:
         """(B, 3, H, W) -> visible tokens (B, N, C) of every stage, before merging and norm."""
         plan = self.dense_plan(*images.shape[-2:], images.device) if plan is None else plan
-        x = self.patch_embed(images, plan.patches)  # (B, N, C)
-        outputs = []
+        x, outputs = self.patch_embed(images, plan.patches), []  # (B, N, C)
         for stage, layer in enumerate(self.layers):
             x = layer(x, plan.windows[stage], self.grad_checkpoint and self.training)
             outputs.append(x)
@@ -652,8 +649,7 @@ class GreenMIM(nn.Module):
         self.decoder_pred = nn.Linear(dim, config.mask_unit**2 * 3)
 
         nn.init.normal_(self.mask_token, std=0.02)
-        # Released code lets the wrapper re-initialise the encoder, but not the bias of the
-        # patch embedding, which keeps PyTorch's default.
+        # Released: the wrapper re-initialises the encoder, save the bias of the patch embedding.
         nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.flatten(1))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -771,11 +767,9 @@ def choose_config(cfg: RunConfig | UseConfig, file: dict | None) -> tuple[str, M
 
 def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Encoder and head in Swin's names, from GreenMIM, SimMIM, Swin or timm ones."""
-    if any(k.startswith("encoder.") for k in state):
-        state = {k[8:]: v for k, v in state.items() if k.startswith("encoder.")}
-    dropped = (*INDEX_BUFFERS, "mask_token")  # SimMIM keeps a mask token in its encoder
-    state = {k.replace("head.fc.", "head."): v for k, v in state.items() if not k.endswith(dropped)}
-    # timm merges at the start of a stage
+    state = {k[8:]: v for k, v in state.items() if k.startswith("encoder.")} or state
+    # SimMIM keeps a mask token in its encoder, timm merges at the start of a stage.
+    state = {k.replace("head.fc.", "head."): v for k, v in state.items() if k != "mask_token"}
     return state if "layers.0.downsample.norm.weight" in state else move_merging(state, -1)
 
 
@@ -1447,8 +1441,7 @@ def nearest_neighbours(features: Tensor, known: Tensor, labels: Tensor, k: int =
     cosine = F.normalize(features, dim=-1) @ F.normalize(known, dim=-1).T
     nearest = cosine.topk(min(k, len(known)))
     votes = torch.zeros(len(features), int(labels.max()) + 1)
-    weights = (nearest.values / temperature).exp()
-    return votes.scatter_add_(1, labels[nearest.indices], weights)
+    return votes.scatter_add_(1, labels[nearest.indices], (nearest.values / temperature).exp())
 
 
 def evaluate(cfg: UseConfig) -> dict:

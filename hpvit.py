@@ -1558,8 +1558,7 @@ def nearest_neighbours(features: Tensor, known: Tensor, labels: Tensor, k: int =
     cosine = F.normalize(features, dim=-1) @ F.normalize(known, dim=-1).T
     nearest = cosine.topk(min(k, len(known)))
     votes = torch.zeros(len(features), int(labels.max()) + 1)
-    weights = (nearest.values / temperature).exp()
-    return votes.scatter_add_(1, labels[nearest.indices], weights)
+    return votes.scatter_add_(1, labels[nearest.indices], (nearest.values / temperature).exp())
 
 
 def evaluate(cfg: UseConfig) -> dict:

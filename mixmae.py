@@ -908,10 +908,9 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             notes.append(f"{len(tables)} position tables interpolated")
         head = [k for k in ("head.weight", "head.bias") if k in own]
         fresh = fresh_head and any(k not in state or state[k].shape != own[k].shape for k in head)
-        if fresh or not head:
-            notes += ["the head starts fresh"] if fresh else []
-            own, state = ({k: v for k, v in x.items() if k not in ("head.weight", "head.bias")}
-                          for x in (own, state))
+        notes += ["the head starts fresh"] if fresh else []
+        skipped = ("head.weight", "head.bias") if fresh or not head else ()
+        own, state = ({k: v for k, v in x.items() if k not in skipped} for x in (own, state))
         check_keys(state, own)
     model = make()
     if fresh:
@@ -1535,8 +1534,7 @@ def nearest_neighbours(features: Tensor, known: Tensor, labels: Tensor, k: int =
     cosine = F.normalize(features, dim=-1) @ F.normalize(known, dim=-1).T
     nearest = cosine.topk(min(k, len(known)))
     votes = torch.zeros(len(features), int(labels.max()) + 1)
-    weights = (nearest.values / temperature).exp()
-    return votes.scatter_add_(1, labels[nearest.indices], weights)
+    return votes.scatter_add_(1, labels[nearest.indices], (nearest.values / temperature).exp())
 
 
 def evaluate(cfg: UseConfig) -> dict:

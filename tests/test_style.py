@@ -27,8 +27,8 @@ README = ROOT / "README.md"
 
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
-    "greenmim.py": 1707, "mixmae.py": 1801, "hpvit.py": 1829, "distill_lite.py": 2507,
-    "fastmim.py": 2531,
+    "greenmim.py": 1700, "mixmae.py": 1799, "hpvit.py": 1828, "distill_lite.py": 2506,
+    "fastmim.py": 2530,
 }  # fmt: skip
 COMMON_LINES = 1310  # all modules together
 FUNCTION_LINES = 60
