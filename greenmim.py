@@ -327,7 +327,6 @@ def random_mask(noise: np.ndarray, mask_ratio: float) -> np.ndarray:
 # All that a mask decides is worked out on the host before the step, so that the model only
 # indexes: no host synchronisation, no shape that depends on device data.
 
-
 @dataclass(frozen=True)
 class MaskPlan:
     """What the model has to know about one mask: NumPy arrays, or tensors after `to_device`."""

@@ -399,7 +399,6 @@ def shuffle_patches(noise: np.ndarray, mask_ratio: float) -> tuple[np.ndarray, i
 # All that a mask decides is worked out on the host before the step, so that the model only
 # indexes: no host synchronisation, no shape that depends on device data.
 
-
 @dataclass(frozen=True)
 class ShufflePlan:
     """What the model has to know about the masks: NumPy arrays, or tensors after `to_device`."""

@@ -361,7 +361,6 @@ def mix(images: Tensor, hidden: Tensor) -> Tensor:
 # All that a mask decides is worked out on the host before the step, so that the model only
 # indexes: no host synchronisation, no shape that depends on device data.
 
-
 @dataclass(frozen=True)
 class Span:
     """Windows, one after another in the slots of a stage, that attend alike."""

@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
-    "greenmim.py": 1700, "mixmae.py": 1799, "hpvit.py": 1828, "distill_lite.py": 2506,
+    "greenmim.py": 1699, "mixmae.py": 1798, "hpvit.py": 1827, "distill_lite.py": 2505,
     "fastmim.py": 2530,
 }  # fmt: skip
 COMMON_LINES = 1310  # all modules together
