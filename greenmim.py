@@ -804,7 +804,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
             state, notes = swap_merging(state), ["merging weights of the first release reordered"]
         tables = [k for k in own if k.endswith("bias_table") and k in state and state[k].ndim == 2]
         resized = [k for k in tables if len(state[k]) != len(own[k])]
-        state |= {k: resize_bias_table(state[k], len(own[k])) for k in resized}
+        state = state | {k: resize_bias_table(state[k], len(own[k])) for k in resized}
         if resized:
             notes.append(f"{len(resized)} relative position tables interpolated")
         head = [k for k in ("head.weight", "head.bias") if k in own]
