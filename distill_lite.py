@@ -1579,8 +1579,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     for name in parts.keys() & {"model", "ema"}:
         check_keys(data.checked(file[name]), parts[name].state_dict())
     own, there = parts["optimizer"], file["optimizer"]
-    mine, found = ([list(group["params"]) for group in optimizer["param_groups"]]
-                   for optimizer in (own.state_dict(), there))
+    mine, found = ([len(g["params"]) for g in x["param_groups"]] for x in (own.state_dict(), there))
     parameters = [p for group in own.param_groups for p in group["params"]]
     if mine != found or len(there["state"]) not in (0, len(parameters)):
         raise ValueError("its optimizer has other parameters")

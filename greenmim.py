@@ -805,8 +805,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
         tables = [k for k in own if k.endswith("bias_table") and k in state and state[k].ndim == 2]
         resized = [k for k in tables if len(state[k]) != len(own[k])]
         state = state | {k: resize_bias_table(state[k], len(own[k])) for k in resized}
-        if resized:
-            notes.append(f"{len(resized)} relative position tables interpolated")
+        notes += [f"{len(resized)} relative position tables interpolated"] if resized else []
         head = [k for k in ("head.weight", "head.bias") if k in own]
         fresh = fresh_head and any(k not in state or state[k].shape != own[k].shape for k in head)
         notes += ["the head starts fresh"] if fresh else []
@@ -1062,8 +1061,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     for name in parts.keys() & {"model", "ema"}:
         check_keys(data.checked(file[name]), parts[name].state_dict())
     own, there = parts["optimizer"], file["optimizer"]
-    mine, found = ([list(group["params"]) for group in optimizer["param_groups"]]
-                   for optimizer in (own.state_dict(), there))
+    mine, found = ([len(g["params"]) for g in x["param_groups"]] for x in (own.state_dict(), there))
     parameters = [p for group in own.param_groups for p in group["params"]]
     if mine != found or len(there["state"]) not in (0, len(parameters)):
         raise ValueError("its optimizer has other parameters")

@@ -903,8 +903,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
                 raise ValueError(f"{key} of {len(state[key])} rows is of no window")
             rows, side = state[key].flatten(0, -2), math.isqrt(own[key].shape[-2])
             state[key] = stretch(rows, (side, side)).reshape(own[key].shape)
-        if tables:
-            notes.append(f"{len(tables)} position tables interpolated")
+        notes += [f"{len(tables)} position tables interpolated"] if tables else []
         head = [k for k in ("head.weight", "head.bias") if k in own]
         fresh = fresh_head and any(k not in state or state[k].shape != own[k].shape for k in head)
         notes += ["the head starts fresh"] if fresh else []
@@ -1149,8 +1148,7 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     for name in parts.keys() & {"model", "ema"}:
         check_keys(data.checked(file[name]), parts[name].state_dict())
     own, there = parts["optimizer"], file["optimizer"]
-    mine, found = ([list(group["params"]) for group in optimizer["param_groups"]]
-                   for optimizer in (own.state_dict(), there))
+    mine, found = ([len(g["params"]) for g in x["param_groups"]] for x in (own.state_dict(), there))
     parameters = [p for group in own.param_groups for p in group["params"]]
     if mine != found or len(there["state"]) not in (0, len(parameters)):
         raise ValueError("its optimizer has other parameters")

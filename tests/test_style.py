@@ -27,8 +27,8 @@ README = ROOT / "README.md"
 
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
-    "greenmim.py": 1699, "mixmae.py": 1798, "hpvit.py": 1827, "distill_lite.py": 2505,
-    "fastmim.py": 2530,
+    "greenmim.py": 1697, "mixmae.py": 1796, "hpvit.py": 1826, "distill_lite.py": 2504,
+    "fastmim.py": 2529,
 }  # fmt: skip
 COMMON_LINES = 1310  # all modules together
 FUNCTION_LINES = 60
