@@ -348,10 +348,10 @@ def plan_mask(config: ModelConfig, mask: np.ndarray, noise: np.ndarray | None = 
     if not keep.any():
         raise ValueError("the mask leaves nothing visible")
     sides = [config.unit_tokens(stage) for stage in range(len(config.depths))]
-    maps = [keep.repeat(k, 0).repeat(k, 1) for k in sides]  # (h, w) of each stage: which to see
+    maps = [keep.repeat(k, 0).repeat(k, 1) for k in sides]  # (h, w) of a stage, True = visible
     windows = []
     for stage, seen in enumerate(maps):
-        # In every stage the visible tokens stand in raster order, as merging takes the blocks.
+        # Tokens stand in raster order in every stage: merging goes through the blocks in it.
         rows, columns = np.nonzero(seen)
         if config.release == "2022" and stage > 0:
             rows, columns = misread_coordinates(rows, columns, sides[stage], seen.shape[1])
