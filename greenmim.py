@@ -767,8 +767,9 @@ def choose_config(cfg: RunConfig | UseConfig, file: dict | None) -> tuple[str, M
 def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Encoder and head in Swin's names, from GreenMIM, SimMIM, Swin or timm ones."""
     state = {k[8:]: v for k, v in state.items() if k.startswith("encoder.")} or state
-    # SimMIM keeps a mask token in its encoder, timm merges at the start of a stage.
-    state = {k.replace("head.fc.", "head."): v for k, v in state.items() if k != "mask_token"}
+    dropped = (*INDEX_BUFFERS, "mask_token")  # SimMIM keeps a mask token in its encoder
+    state = {k.replace("head.fc.", "head."): v for k, v in state.items() if not k.endswith(dropped)}
+    # timm merges at the start of a stage
     return state if "layers.0.downsample.norm.weight" in state else move_merging(state, -1)
 
 

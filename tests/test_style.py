@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 
 LINE_LENGTH = 100
 SCRIPT_LINES = {  # fastmim has four backbones, distill_lite a teacher
-    "greenmim.py": 1697, "mixmae.py": 1796, "hpvit.py": 1826, "distill_lite.py": 2504,
+    "greenmim.py": 1698, "mixmae.py": 1796, "hpvit.py": 1826, "distill_lite.py": 2504,
     "fastmim.py": 2529,
 }  # fmt: skip
 COMMON_LINES = 1310  # all modules together
