@@ -80,13 +80,10 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import sys
 import time
 import typing
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -812,42 +809,6 @@ class MAE(nn.Module):
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
 
-def read_checkpoint(path: str | Path) -> dict:
-    """A .pth or .safetensors file as {"model": state dict, "args": dict, ...}, checked.
-    Runs no code from the file, and asks for no more memory than the file has bytes. "args" is
-    what a script of ours wrote there, or empty."""
-    with data.blaming(path):
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: there is no such weights file")
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return {"model": data.checked(load_file(path)), "args": {}}
-        with open(path, "rb") as opened:
-            zipped = opened.read(2) == b"PK"  # PyTorch's format since 2020; it checks no CRC
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-                packed = any(entry.compress_type for entry in archive.infolist())  # not by PyTorch
-                if packed or size > os.path.getsize(path) or archive.testzip():
-                    raise ValueError("it is damaged: contents and checksums disagree")
-        torch.serialization.add_safe_globals([argparse.Namespace])  # in released files
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickle protocols and exotic tensors
-            file = torch.load(path, map_location="cpu", weights_only=True)
-        names = ("model", "state_dict", "model_state") if isinstance(file, dict) else ()
-        keys = [k for k in names if k in file]
-        file = file | {"model": file[keys[0]]} if keys else {"model": file}
-        if not isinstance(file["model"], dict) or not file["model"]:
-            raise ValueError("it holds no state dict, at the top, under 'model' or 'state_dict'")
-        state = {str(k).removeprefix("module."): v for k, v in data.checked(file["model"]).items()}
-        args = file.get("args")
-        args = args if isinstance(args, dict) and "script" in args else {}
-        if args and args["script"] != SCRIPT:
-            raise ValueError(f"it was written by {args['script']}.py, not by {SCRIPT}.py")
-        return file | {"model": state, "args": args}
-
-
 def identify(file: dict) -> tuple[str, ModelConfig]:
     """Name and architecture of the network in a file: by its args if it is ours, else by shapes,
     which show no heads and, of what is not plain, neither stages nor windows."""
@@ -924,24 +885,13 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
         notes += [f"new: {', '.join(new)}"] if new else []
         notes += ["the head starts fresh"] if fresh else []
         new += head if fresh else []
-        check_keys(state, {k: v for k, v in own.items()
+        data.check_keys(state, {k: v for k, v in own.items()
                            if k.partition(".")[0] not in new and k not in new})
     model = make()
     if fresh:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)  # MAE, after a pre-training
     model.load_state_dict(state, strict=False)
     return model, f"loaded {path}: {'; '.join(notes) or 'all weights as they are'}"
-
-
-def check_keys(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """ValueError that names the differences between a file and a model, three in full."""
-    wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
-             for k in own if k in state and state[k].shape != own[k].shape]
-    wrong += [f"{k} is missing" for k in own if k not in state]
-    wrong += [f"{k} is unexpected" for k in state if k not in own]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"it is not of this --model: {'; '.join(wrong[:3])}{more}")
 
 
 def export_state(model: nn.Module) -> dict[str, Tensor]:
@@ -1057,17 +1007,6 @@ def apply_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
     return finite
 
 
-# Settings that name places or machinery: they neither belong to a recipe nor change a result.
-PLACES = ("data_path", "output_dir", "weights", "resume", "num_workers", "device", "compile",
-          "grad_checkpoint", "save_freq", "save_every", "log_every")
-
-
-def differences(now: dict, then: dict, word: str) -> str:
-    """What of `now` is not so `then`, places and machinery aside, in words."""
-    return ", ".join(f"{k} {v!r} ({word} {then.get(k)!r})" for k, v in now.items()
-                     if v != then.get(k) and k not in PLACES)
-
-
 def prepare(cfg: RunConfig, process: Process, config: ModelConfig, split: str, crop: Callable,
             per: int) -> tuple[RunConfig, data.TrainLoader, float, dict]:
     """Config, loader of a split ("" = all images), peak learning rate (cfg.blr is for `per`
@@ -1075,7 +1014,7 @@ def prepare(cfg: RunConfig, process: Process, config: ModelConfig, split: str, c
     Without --data_path the config returned is that of a dry run: ten steps, nothing written."""
     command, device = "pretrain" if isinstance(cfg, PretrainConfig) else "finetune", process.device
     usual = asdict(configure(command, model=cfg.model, recipe=cfg.recipe))
-    if changed := differences(asdict(cfg), usual, "recipe:"):
+    if changed := data.differences(asdict(cfg), usual, "recipe:"):
         process.say(f"differs from the {cfg.recipe} recipe: {changed}")
     if not cfg.data_path:
         # A recipe's batch is made for a GPU.
@@ -1113,58 +1052,26 @@ def resume(cfg: RunConfig, process: Process, args: dict, parts: dict,
         paths = sorted(found, key=os.path.getmtime, reverse=True)
     while paths and file is None:
         try:
-            file = read_checkpoint(path := paths.pop(0))
+            file = data.read_checkpoint(path := paths.pop(0), SCRIPT)
         except InputError as error:
             problems.append(str(error))
     if problems and file is None:
         raise InputError(f"no checkpoint can be resumed: {'; '.join(problems)}")
     if file:
         with data.blaming(path):
-            check_resumable(file, args, parts, total)  # before anything of it is used
+            data.check_resumable(file, args, parts, total)  # before anything of it is used
             step, log, good = file["step"], file["log"], f"the last good checkpoint is {path}"
             # The options of the groups are this run's; the state of their parameters the file's.
             file["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
             for name, part in parts.items():
                 if name != "scaler" or (part.is_enabled() and file["scaler"]):
                     part.load_state_dict(file[name])
-            changed = differences(args["settings"], file["args"]["settings"], "was")
+            changed = data.differences(args["settings"], file["args"]["settings"], "was")
         process.say("; ".join([*problems, f"resumed at step {step} of {total} from {path}"]))
         process.say(changed and f"unlike before: {changed}")
     if process.sum(torch.tensor(float(step), device=process.device)) != step * process.world_size:
         raise InputError("the processes found different checkpoints; all nodes must share a disk")
     return step, log, good
-
-
-def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
-    """ValueError unless a run with these `args` can go on from a file: part by part, by name."""
-    lacking = sorted({"step", "epoch", "log", *parts} - file.keys())
-    if lacking or "settings" not in file["args"]:
-        raise ValueError(f"to resume it lacks {', '.join(lacking)}; --weights can start from it")
-    # Other values of these would misplace steps, images or parameters.
-    keys = ("command", "model", "classes", "seed", "batch", "images", "linear_probe")
-    there, here = ({k: (r["settings"] | r).get(k) for k in keys} | r["config"]
-                   for r in (file["args"], args))
-    if wrong := differences(here, there, "the file has"):
-        raise ValueError(f"--resume none starts afresh: it cannot go on with {wrong}")
-    if type(file["step"]) is not int or not 0 <= file["step"] <= total:
-        raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
-    records, sums = file["log"]["records"], file["log"]["epoch"].values()
-    fits = len(records) == file["epoch"] and all(isinstance(record, dict) for record in records)
-    if not fits or not all(isinstance(value, int | float) for value in sums):
-        raise ValueError("its log is not that of its epochs")
-    for name in parts.keys() & {"model", "ema"}:
-        check_keys(data.checked(file[name]), parts[name].state_dict())
-    own, there = parts["optimizer"], file["optimizer"]
-    mine, found = ([len(g["params"]) for g in x["param_groups"]] for x in (own.state_dict(), there))
-    parameters = [p for group in own.param_groups for p in group["params"]]
-    if mine != found or len(there["state"]) not in (0, len(parameters)):
-        raise ValueError("its optimizer has other parameters")
-    # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
-    names = ("step", "exp_avg", "exp_avg_sq") if "betas" in own.defaults else ("momentum_buffer",)
-    wanted = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
-              for i, p in enumerate(parameters) for k in names}
-    found = {f"{k} of parameter {i}": v for i, x in there["state"].items() for k, v in x.items()}
-    check_keys(data.checked(found), wanted if there["state"] else {})
 
 
 # ── training loop ─────────────────────────────────────────────────────────────────────
@@ -1283,7 +1190,7 @@ def summary(log: dict, optimizer: torch.optim.Optimizer, device: torch.device) -
     return {"epoch": len(log["records"]), "train_loss": sums["loss"] / max(sums["losses"], 1),
             "train_lr": max(group["lr"] for group in optimizer.param_groups),
             "unreadable_images": int(sums["unreadable"]), "skipped_steps": int(sums["skipped"]),
-            "data_wait": sums["waited"] / sums["seconds"], "memory_gb": memory_gb(device)}
+            "data_wait": sums["waited"] / sums["seconds"], "memory_gb": data.memory_gb(device)}
 
 
 def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, good: str) -> str:
@@ -1307,20 +1214,12 @@ def save_training(cfg: RunConfig, process: Process, parts: dict, content: dict, 
     return f"the last good checkpoint is {paths[-1]}"
 
 
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of the device, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 # ── pre-training ──────────────────────────────────────────────────────────────────────
 
 def pretrain(cfg: PretrainConfig) -> dict:
     """Pre-train on any tree of images; without --data_path, ten steps on the built-in ones."""
     process = setup_process(cfg.device, cfg.dtype)
-    file = read_checkpoint(cfg.weights) if cfg.weights else None
+    file = data.read_checkpoint(cfg.weights, SCRIPT) if cfg.weights else None
     name, config = choose_config(cfg, file)
     check_size(config.input_size, config.patch_size)
     draw_shuffle(config, cfg.mask_ratio, 1, (cfg.seed,))  # checks the ratio
@@ -1427,7 +1326,7 @@ def tuning_groups(model: HPViTClassifier, cfg: FinetuneConfig) -> list[dict]:
 def finetune(cfg: FinetuneConfig) -> dict:
     """Train a classifier on train/<class>/, test it on val/<class>/; returns the last record."""
     process = setup_process(cfg.device, cfg.dtype)
-    file = read_checkpoint(cfg.weights) if cfg.weights else None
+    file = data.read_checkpoint(cfg.weights, SCRIPT) if cfg.weights else None
     name, config = choose_config(cfg, file)
     cfg, side = replace(cfg, model=name), config.input_size
     if cfg.linear_probe:
@@ -1496,7 +1395,8 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     file has a head that is wanted, a classifier), its "args" as a file would have, and the crop."""
     if not cfg.weights:
         raise InputError("give --weights FILE")
-    process, file = process or setup_process(cfg.device, cfg.dtype), read_checkpoint(cfg.weights)
+    process = process or setup_process(cfg.device, cfg.dtype)
+    file = data.read_checkpoint(cfg.weights, SCRIPT)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
     state, size = file["model"], cfg.input_size or config.input_size
     check_size(size, config.patch_size if whole else config.unit)
@@ -1541,7 +1441,7 @@ def embed(encoder: nn.Module, process: Process, source: data.ImageFiles, crop: C
             named = {f"stage{i}": x for i, x in enumerate(maps)} or {"features": encoder(images)}
         named = {k: x.float() for k, x in named.items()}
         for key, value in (named | {"labels": labels, "indices": indices}).items():
-            found.setdefault(key, []).append(value.cpu())
+            found.setdefault(key, []).append(value.cpu().clone())  # not the loader's
     parts = [{k: torch.cat(v) for k, v in found.items()}] * process.world_size
     if process.world_size > 1:
         dist.all_gather_object(parts, parts[process.rank])
@@ -1769,7 +1669,7 @@ def configure(command: str = "pretrain", **given: object) -> RunConfig | UseConf
             raise InputError(f"--recipe {asked} is none of {', '.join(known)}")
         if not model and given.get("weights"):
             with data.blaming(given["weights"]):
-                model, _ = identify(read_checkpoint(given["weights"]))
+                model, _ = identify(data.read_checkpoint(given["weights"], SCRIPT))
         recipe = RECIPES.get((command, asked), {})
         model = known_model(model or recipe.get("model") or next(iter(MODELS)))
         recipe = recipe | RECIPES.get((command, asked, model), {})

@@ -1,5 +1,6 @@
 """Everything that reads pixels: image files, built-in images, crops, loaders, smaller copies; and
-what files and consoles do to a run: errors in a sentence, files whole, streams that may go away.
+what files and consoles do to a run: errors in a sentence, files whole, checkpoints checked before
+anything of them is used, streams that may go away.
 
 Use alone: `loader = TrainLoader(find_images("photos"), TrainCrop(224), batch_size=64)`, then
 `for images, labels in loader.batches(0, 1000): normalize(images.cuda())`; images travel as uint8
@@ -19,11 +20,13 @@ import io
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import threading
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
@@ -117,6 +120,96 @@ def save_file(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         raise InputError(f"cannot write {path} (an earlier one stays whole): {reason}") from None
 
 
+def read_checkpoint(path: str | Path, script: str = "") -> dict:
+    """A .pth or .safetensors file as {"model": state dict, "args": dict, ...}, checked.
+    Runs no code from the file, and asks for no more memory than the file has bytes. "args" is
+    what a script of ours wrote there, or empty."""
+    with blaming(path):
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: there is no such weights file")
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return {"model": checked(load_file(path)), "args": {}}
+        with open(path, "rb") as opened:
+            zipped = opened.read(2) == b"PK"  # PyTorch's format since 2020; it checks no CRC
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+                packed = any(entry.compress_type for entry in archive.infolist())  # not by PyTorch
+                if packed or size > os.path.getsize(path) or archive.testzip():
+                    raise ValueError("it is damaged: contents and checksums disagree")
+        torch.serialization.add_safe_globals([argparse.Namespace])  # in released files
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickle protocols and exotic tensors
+            file = torch.load(path, map_location="cpu", weights_only=True)
+        names = ("model", "state_dict", "model_state") if isinstance(file, dict) else ()
+        keys = [k for k in names if k in file]
+        file = file | {"model": file[keys[0]]} if keys else {"model": file}
+        if not isinstance(file["model"], dict) or not file["model"]:
+            raise ValueError("it holds no state dict, at the top, under 'model' or 'state_dict'")
+        state = {str(k).removeprefix("module."): v for k, v in checked(file["model"]).items()}
+        args = file.get("args")
+        args = args if isinstance(args, dict) and "script" in args else {}
+        if args and script and args["script"] != script:
+            raise ValueError(f"it was written by {args['script']}.py, not by {script}.py")
+        return file | {"model": state, "args": args}
+
+
+def check_keys(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """ValueError that names the differences between a file and a model, three in full."""
+    wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+             for k in own if k in state and state[k].shape != own[k].shape]
+    wrong += [f"{k} is missing" for k in own if k not in state]
+    wrong += [f"{k} is unexpected" for k in state if k not in own]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"it is not of this --model: {'; '.join(wrong[:3])}{more}")
+
+
+# Settings that name places or machinery: they neither belong to a recipe nor change a result.
+PLACES = ("data_path", "output_dir", "weights", "resume", "num_workers", "device", "compile",
+          "grad_checkpoint", "save_freq", "save_every", "log_every")
+
+
+def differences(now: dict, then: dict, word: str) -> str:
+    """What of `now` is not so `then`, places and machinery aside, in words."""
+    return ", ".join(f"{k} {v!r} ({word} {then.get(k)!r})" for k, v in now.items()
+                     if v != then.get(k) and k not in PLACES)
+
+
+def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
+    """ValueError unless a run with these `args` can go on from a file: part by part, by name."""
+    lacking = sorted({"step", "epoch", "log", *parts} - file.keys())
+    if lacking or "settings" not in file["args"]:
+        raise ValueError(f"to resume it lacks {', '.join(lacking)}; --weights can start from it")
+    # Other values of these would misplace steps, images or parameters.
+    keys = ("command", "model", "classes", "seed", "batch", "images", "linear_probe")
+    there, here = ({k: (r["settings"] | r).get(k) for k in keys} | r["config"]
+                   for r in (file["args"], args))
+    if wrong := differences(here, there, "the file has"):
+        raise ValueError(f"--resume none starts afresh: it cannot go on with {wrong}")
+    if type(file["step"]) is not int or not 0 <= file["step"] <= total:
+        raise ValueError(f"its step {file['step']!r} is not between 0 and the {total} of --epochs")
+    records, sums = file["log"]["records"], file["log"]["epoch"].values()
+    fits = len(records) == file["epoch"] and all(isinstance(record, dict) for record in records)
+    if not fits or not all(isinstance(value, int | float) for value in sums):
+        raise ValueError("its log is not that of its epochs")
+    for name in parts.keys() & {"model", "ema"}:
+        check_keys(checked(file[name]), parts[name].state_dict())
+    own, there = parts["optimizer"], file["optimizer"]
+    mine, found = ([len(g["params"]) for g in x["param_groups"]] for x in (own.state_dict(), there))
+    parameters = [p for group in own.param_groups for p in group["params"]]
+    if mine != found or len(there["state"]) not in (0, len(parameters)):
+        raise ValueError("its optimizer has other parameters")
+    # A fused optimizer takes the memory of its state on trust: a tensor too short is a crash.
+    names = ("step", "exp_avg", "exp_avg_sq") if "betas" in own.defaults else ("momentum_buffer",)
+    wanted = {f"{k} of parameter {i}": torch.zeros(()) if k == "step" else p
+              for i, p in enumerate(parameters) for k in names}
+    found = {f"{k} of parameter {i}": v for i, x in there["state"].items() for k, v in x.items()}
+    check_keys(checked(found), wanted if there["state"] else {})
+
+
 def open_board(output: Path, step: int) -> Callable[..., None]:
     """A function (values, step, picture) that writes to TensorBoard where that is installed."""
     try:
@@ -155,6 +248,14 @@ def only_run(folder: Path) -> Generator[None, None, None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of the device, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Unbreakable:

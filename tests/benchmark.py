@@ -144,7 +144,7 @@ def run_step(
     split = dict(zip(parts, np.diff(marks).tolist(), strict=True))
     # Training plans while a GPU is busy with the forward pass; on a CPU it takes a core's time.
     step = marks[-1] - marks[1 if device.type == "cuda" else 0]
-    return split | {"step": step, "memory": greenmim.memory_gb(device)}
+    return split | {"step": step, "memory": data.memory_gb(device)}
 
 
 def kind(operator: str) -> str:

@@ -450,7 +450,7 @@ def test_export_safetensors(
     words = ["export", "--weights", weights, "--output", output]
     if importlib.util.find_spec("safetensors"):
         run(*words)
-        assert greenmim.read_checkpoint(output)["model"]
+        assert data.read_checkpoint(output)["model"]
     else:
         assert "pip install safetensors" in refused(capsys, *words)
         assert not output.exists()

@@ -602,7 +602,7 @@ def our_file(model: nn.Module, config: ModelConfig, path: Path, name: str = "tes
 
 def load(make: Callable, path: Path, fresh_head: bool = False) -> tuple[nn.Module, str]:
     return distill_lite.load_weights(
-        make, str(path), distill_lite.read_checkpoint(path), fresh_head)
+        make, str(path), data.read_checkpoint(path), fresh_head)
 
 
 def run(command: str, **flags: object) -> dict:
@@ -973,7 +973,7 @@ def test_released_classifiers_are_read_off_their_keys(changes: dict, tmp_path: P
     wrapped = {"start_epoch": 300, "best_top1": 78.0,
                "model": {f"module.model.{k}": v for k, v in state.items()}}  # fmt: skip
     torch.save(wrapped, tmp_path / "released.pth.tar")
-    file = distill_lite.read_checkpoint(tmp_path / "released.pth.tar")
+    file = data.read_checkpoint(tmp_path / "released.pth.tar")
     name, found = distill_lite.identify(file)
     ignored = {"distill": "none", "decode_depth": TEST.decode_depth, "layer_scale": 0.0}
     assert (name, replace(found, **ignored)) == ("test", replace(config, **ignored))
@@ -1054,7 +1054,7 @@ def test_released_pretraining_files(
     config = distill_lite.model_config(config)
     model, path = build(config, there, 4), tmp_path / "last_epoch_ckpt.pth.tar"
     released(model, path)
-    name, found = distill_lite.identify(distill_lite.read_checkpoint(path))
+    name, found = distill_lite.identify(data.read_checkpoint(path))
     assert name == ("test" if config.kind == "vit" else "test_hiera")
     assert (found.distill == "decoupled") == (config.distill == "decoupled")
     again, said = load(partial(DistilledMAE, config, model.frozen[0]), path)
@@ -1742,7 +1742,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_published_file_loads_strictly(published: Path) -> None:
     """Files of pre-training must also beat a grey guess on photographs beside them, if any."""
-    file = distill_lite.read_checkpoint(published)
+    file = data.read_checkpoint(published)
     name, config = distill_lite.identify(file)
     assert (config.embed_dim, config.depths) == (MODELS[name].embed_dim, MODELS[name].depths)
     state = distill_lite.bare_names(file["model"])

@@ -970,12 +970,12 @@ def test_heads_of_vit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_keep_norm(family: str, tmp_path: Path) -> None:
     """The last norm is lost as released, or taken over under its new name."""
     state = trained(tmp_path / "a", family)
-    learned = fastmim.read_checkpoint(state)["model"]["norm.weight"]
-    nudged = {"model": fastmim.read_checkpoint(state)["model"] | {"norm.weight": learned + 1}}
+    learned = data.read_checkpoint(state)["model"]["norm.weight"]
+    nudged = {"model": data.read_checkpoint(state)["model"] | {"norm.weight": learned + 1}}
     torch.save(nudged, tmp_path / "n.pth")
     make = partial(BACKBONES[family], small(family), 3)
     for keep in (False, True):
-        file = fastmim.read_checkpoint(tmp_path / "n.pth")
+        file = data.read_checkpoint(tmp_path / "n.pth")
         model, said = fastmim.load_weights(make, "n", file, True, keep)
         wanted = learned + 1 if keep else torch.ones_like(learned)
         assert torch.equal(model.fc_norm.weight, wanted) and ("fc_norm" in said) == (not keep)
@@ -994,7 +994,7 @@ def test_drop_last(family: str, tmp_path: Path, capsys: pytest.CaptureFixture) -
             "cmt": "blocks_c.1"}[family]  # fmt: skip
     assert f"new: {name}" in capsys.readouterr().out
     assert opened(best).config.depths == small(family).depths
-    state = fastmim.read_checkpoint(backbone)
+    state = data.read_checkpoint(backbone)
     lost = {k: v for k, v in state["model"].items() if not fastmim.part_of(k).endswith(".0")}
     torch.save({"model": lost}, tmp_path / "lost.pth")
     with pytest.raises(InputError):
@@ -1114,7 +1114,7 @@ def test_a_phase_begins_where_the_last_ended(
     assert end["step"] == 12
     rows = [(record["phase"], record["input_size"]) for record in end["log"]["records"]]
     assert rows == [(1, 64), (2, 96), (2, 96)]
-    assert fastmim.identify(fastmim.read_checkpoint(tmp_path / "backbone.pth"))[1].input_size == 96
+    assert fastmim.identify(data.read_checkpoint(tmp_path / "backbone.pth"))[1].input_size == 96
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "cmt"])
@@ -1153,7 +1153,7 @@ def test_statistics_of_a_skipped_step_are_put_back(tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             skip_steps(fastmim, lambda number, bad=bad: number in bad, patch)
             trained(tmp_path / name, "cmt", data_path="drawn:16")
-        state = fastmim.read_checkpoint(tmp_path / name / "checkpoint-last.pth")["model"]
+        state = data.read_checkpoint(tmp_path / name / "checkpoint-last.pth")["model"]
         counts[name] = int(state["encoder.stem_norm1.num_batches_tracked"])
     assert counts == {"all": 4, "skipped": 3}
 
@@ -1392,7 +1392,7 @@ def test_a_fresh_head_and_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_keep_norm_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = trained(tmp_path / "a", "swin", lr=0.1, epochs=2)
-    learned = fastmim.read_checkpoint(backbone)["model"]["norm.weight"]
+    learned = data.read_checkpoint(backbone)["model"]["norm.weight"]
     assert (learned - 1).abs().max() > 1e-3
     for keep in (False, True):
         (call,) = planned("finetune", monkeypatch, weights=str(backbone), keep_norm=keep,
@@ -1404,8 +1404,8 @@ def test_a_linear_probe_leaves_the_encoder_alone(tmp_path: Path) -> None:
     """Statistics too; what CMT's classifier has before its head is no part of the encoder."""
     backbone = trained(tmp_path / "a", "cmt")
     tuned(tmp_path / "b", backbone, linear_probe=True, lr=1e-2)
-    before = fastmim.read_checkpoint(backbone)["model"]
-    after = fastmim.read_checkpoint(tmp_path / "b" / "checkpoint-last.pth")["model"]
+    before = data.read_checkpoint(backbone)["model"]
+    after = data.read_checkpoint(tmp_path / "b" / "checkpoint-last.pth")["model"]
     for key in before.keys() & after.keys():
         assert torch.equal(before[key], after[key]), key
     assert after["_bn.num_batches_tracked"] == 10 and after["_bn.weight"].std() > 0
@@ -1415,11 +1415,11 @@ def test_a_linear_probe_leaves_the_encoder_alone(tmp_path: Path) -> None:
 def test_averages_are_of_statistics_too(tmp_path: Path) -> None:
     """As those of the release, which are of parameters and buffers; they are tested and kept."""
     tuned(tmp_path, "", model="test_cmt", ema=0.99, lr=1e-3)
-    file = fastmim.read_checkpoint(tmp_path / "checkpoint-last.pth")
+    file = data.read_checkpoint(tmp_path / "checkpoint-last.pth")
     average = {k.removeprefix("module."): v for k, v in file["ema"].items()}
     for key in ("stem_norm1.running_mean", "stem_conv1.weight"):
         assert not torch.equal(average[key], file["model"][key]), key
-    best = fastmim.read_checkpoint(tmp_path / "best.pth")["model"]  # it is what is tested
+    best = data.read_checkpoint(tmp_path / "best.pth")["model"]  # it is what is tested
     assert all(torch.equal(value, average[key]) for key, value in best.items())
 
 
@@ -1458,7 +1458,7 @@ def test_a_phase_begins_with_a_named_file(tmp_path: Path) -> None:
         other = torch.load(trained(tmp_path / folder, "swin", **flags, resume=named),
                            weights_only=True)["model"]  # fmt: skip
         assert all(torch.equal(value, other[key]) for key, value in whole.items())
-        file = fastmim.read_checkpoint(tmp_path / folder / "checkpoint-last.pth")
+        file = data.read_checkpoint(tmp_path / folder / "checkpoint-last.pth")
         assert file["step"] == 8 and [r["epoch"] for r in file["log"]["records"]] == [0, 1]
 
 

@@ -346,7 +346,7 @@ def load(
     make: Callable[[], nn.Module], path: str | Path, release: str | None = None,
     fresh_head: bool = False,
 ) -> tuple[nn.Module, str]:  # fmt: skip
-    file = greenmim.read_checkpoint(path)
+    file = data.read_checkpoint(path)
     return greenmim.load_weights(make, str(path), file, release, fresh_head)
 
 
@@ -1395,7 +1395,7 @@ def test_no_file_leaves_a_model_as_it_is_made() -> None:
 def test_released_file_loads_whole_and_as_encoder(tmp_path: Path) -> None:
     source, path = build(replace(TEST, window_size=4)), tmp_path / "checkpoint-799.pth"
     released_file(source, path)
-    file = greenmim.read_checkpoint(path)
+    file = data.read_checkpoint(path)
     assert file["args"] == {} and file["epoch"] == 0  # a Namespace says nothing to us
     model, said = load(partial(GreenMIM, source.config), path)
     assert "as they are" in said
@@ -1431,7 +1431,7 @@ def test_files_of_other_scripts_are_refused(tmp_path: Path) -> None:
     state = SwinEncoder(TEST).state_dict()
     torch.save({"model": state, "args": {"script": "mixmae"}}, tmp_path / "mixmae.pth")
     with pytest.raises(InputError, match=r"mixmae\.pth: .*written by mixmae\.py, not by greenmim"):
-        greenmim.read_checkpoint(tmp_path / "mixmae.pth")
+        data.read_checkpoint(tmp_path / "mixmae.pth", "greenmim")
 
 
 def test_wrapper_prefix_of_parallel_training_is_cut(tmp_path: Path) -> None:
@@ -1466,7 +1466,7 @@ def test_first_release_is_reordered_once_as_it_is_read(prefix: str, tmp_path: Pa
     config = replace(TEST, release="2022")
     args = {"script": "greenmim", "model": "test", "config": asdict(config)}
     torch.save({"model": wanted, "args": args}, path)
-    assert greenmim.identify(greenmim.read_checkpoint(path)) == ("test", config)
+    assert greenmim.identify(data.read_checkpoint(path)) == ("test", config)
     encoder, said = load(partial(SwinEncoder, config), path, "2022")
     assert all(torch.equal(v, wanted[k]) for k, v in encoder.state_dict().items())
     # So an export of them is, too, and what is exported and read again answers alike.
@@ -1605,12 +1605,12 @@ def our_file(model: nn.Module, path: Path, name: str = "test", **extra: object) 
 def test_args_of_our_files_tell_more_than_shapes(tmp_path: Path) -> None:
     config = replace(TEST, input_size=96, norm_pix_loss=False, release="2023", mlp_ratio=4)
     path = our_file(GreenMIM(config), tmp_path / "ours.pth")
-    assert greenmim.identify(greenmim.read_checkpoint(path)) == ("test", config)
+    assert greenmim.identify(data.read_checkpoint(path)) == ("test", config)
 
 
 def test_flags_come_before_the_file_and_the_file_before_the_default(tmp_path: Path) -> None:
     path = our_file(GreenMIM(replace(TEST, input_size=96)), tmp_path / "ours.pth")
-    file = greenmim.read_checkpoint(path)
+    file = data.read_checkpoint(path)
 
     def chosen(file: dict | None, **flags: object) -> tuple[str, ModelConfig]:
         cfg = greenmim.PretrainConfig(weights=str(path) if file else "", **flags)
@@ -1814,7 +1814,7 @@ def test_a_file_without_weights_is_refused_in_one_sentence(
     path = tmp_path / "weights.pth"
     spoil(path)
     with pytest.raises(InputError, match=rf"{re.escape(str(path))}.*{said}") as refused:
-        greenmim.read_checkpoint(path)
+        data.read_checkpoint(path)
     assert "\n" not in str(refused.value)
     if "code" in str(refused.value) or not path.is_file():
         sentence = one_sentence(capsys, "export", "--weights", str(path), "--model", "test")
@@ -1832,7 +1832,7 @@ def test_nested_tensors_are_refused(tmp_path: Path) -> None:
         except Exception as error:
             pytest.skip(f"this torch cannot save them: {error}")
         with pytest.raises(InputError, match=re.escape(str(path))):
-            greenmim.read_checkpoint(path)
+            data.read_checkpoint(path)
 
 
 def flips(path: Path, whole: bytes, number: int) -> Iterator[tuple[int, int]]:
@@ -1854,7 +1854,7 @@ def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
     """A file with one bit flipped is refused, or is bitwise what it was: never silently other."""
     path, config = tmp_path / "weights.pth", replace(TEST, depths=(1, 1), num_heads=(1, 1))
     our_file(build(replace(config, decoder_dim=8)), path, step=3)
-    whole, right = path.read_bytes(), greenmim.read_checkpoint(path)
+    whole, right = path.read_bytes(), data.read_checkpoint(path)
     refused = total = 0
     for place, bit in flips(path, whole, 130):
         damaged = bytearray(whole)
@@ -1862,7 +1862,7 @@ def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         total += 1
         try:
-            found = greenmim.read_checkpoint(path)
+            found = data.read_checkpoint(path)
         except InputError as error:
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
@@ -1991,7 +1991,7 @@ def test_files_from_before_zip_load(tmp_path: Path) -> None:
     assert equal(dict(model.state_dict()), dict(source.state_dict()))
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(InputError, match=re.escape(str(path))):
-        greenmim.read_checkpoint(path)
+        data.read_checkpoint(path)
 
 
 def test_no_swin_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -2013,7 +2013,7 @@ def test_a_small_file_cannot_ask_for_a_huge_model(changes: dict, tmp_path: Path)
     path, config = tmp_path / "small.pth", replace(TEST, **changes)
     args = {"script": "greenmim", "model": "test", "config": asdict(config)}
     torch.save({"model": build(TEST).state_dict(), "args": args}, path)
-    file = greenmim.read_checkpoint(path)
+    file = data.read_checkpoint(path)
     _, found = greenmim.identify(file)
     for kind in (GreenMIM, SwinEncoder):
         with little_memory(), pytest.raises(InputError, match=r"small\.pth.*not of this --model"):
@@ -2063,7 +2063,7 @@ def test_safetensors_is_asked_for_where_it_is_missing(
     assert not path.exists()
     path.write_bytes(b"{}")
     with pytest.raises(InputError, match="pip install safetensors"):
-        greenmim.read_checkpoint(path)
+        data.read_checkpoint(path)
 
 
 def test_safetensors_round_trip(tmp_path: Path) -> None:
@@ -2075,7 +2075,7 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     assert torch.equal(answers(target), answers(source))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match=re.escape(str(path))):
-        greenmim.read_checkpoint(path)
+        data.read_checkpoint(path)
 
 
 def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -2089,7 +2089,7 @@ def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"{re.escape(str(path))}.*No space left"):
         data.save_file(path, fails)
     assert [entry.name for entry in path.parent.iterdir()] == ["weights.pth"]
-    assert greenmim.read_checkpoint(path)["model"]["a"].tolist() == [1, 1, 1]
+    assert data.read_checkpoint(path)["model"]["a"].tolist() == [1, 1, 1]
     with pytest.raises(KeyboardInterrupt):  # a crash, not an error of the disk
 
         def stops(file: object) -> None:
@@ -2238,7 +2238,7 @@ def test_weights_choose_the_recipe_of_their_model() -> None:
     names = on_meta(partial(SwinEncoder, config)).state_dict()
     file = {"model": names, "args": {}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greenmim, "read_checkpoint", lambda path: file)
+        patch.setattr(data, "read_checkpoint", lambda *_: file)
         found = greenmim.configure("finetune", weights="large.pth")
         other = greenmim.configure("finetune", weights="large.pth", model="swin_t")
     assert (found.model, found.layer_decay, found.drop_path) == ("swin_l_win14", 0.8, 0.3)
@@ -2420,7 +2420,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_published_file_loads_strictly(published: Path) -> None:
     """Files of pre-training must also beat a grey guess on photographs beside them, if any."""
-    file = greenmim.read_checkpoint(published)
+    file = data.read_checkpoint(published)
     name, config = greenmim.identify(file)
     assert config.embed_dim == greenmim.MODELS[name].embed_dim
     assert config.depths == greenmim.MODELS[name].depths

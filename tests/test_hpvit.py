@@ -1311,7 +1311,7 @@ def test_one_pretraining_is_every_network(tmp_path: Path) -> None:
     for x in norms_of.maps(torch.randn(2, 3, 64, 96)):
         near(x.mean(1), np.zeros((2, *x.shape[2:])), atol=1e-5)
     plain = opened(str(weights), model="plain_test")
-    state = hpvit.read_checkpoint(weights)["model"]
+    state = hpvit.data.read_checkpoint(weights)["model"]
     own = plain.state_dict()
     assert own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own)
     answer = run("export", weights=str(weights), naming="timm", output=str(tmp_path / "e.pth"),
@@ -1323,7 +1323,7 @@ def test_one_pretraining_is_every_network(tmp_path: Path) -> None:
 def test_a_tuned_file_at_another_size(tmp_path: Path) -> None:
     """Fine-tuning goes on at 128 px: positions of the hierarchical map are interpolated."""
     _, tuned = trained_files(tmp_path)
-    file = hpvit.read_checkpoint(tuned)
+    file = hpvit.data.read_checkpoint(tuned)
     config = hpvit.model_config(TEST, input_size=128)
     make = partial(HPViTClassifier, config, len(file["model"]["head.bias"]))
     model, said = hpvit.load_weights(make, str(tuned), file, True)
@@ -1482,12 +1482,12 @@ def test_initial_weights_of_the_classifier() -> None:
 
 def test_linear_probe_trains_the_head_on_plain_crops(tmp_path: Path) -> None:
     weights, tuned = trained_files(tmp_path, linear_probe=True, pool="dwconv", pool_lr="full")
-    settings = hpvit.read_checkpoint(tuned)["args"]["settings"]
+    settings = hpvit.data.read_checkpoint(tuned)["args"]["settings"]
     keys = ("mixup", "cutmix", "smoothing", "reprob", "drop_path")
     assert [settings[key] for key in keys] == 5 * [0.0] and settings["aa"] == ""
     config = hpvit.model_config(TEST, pool="dwconv")
-    before = hpvit.convert(hpvit.read_checkpoint(weights)["model"], config)
-    after = hpvit.read_checkpoint(tuned)["model"]
+    before = hpvit.convert(hpvit.data.read_checkpoint(weights)["model"], config)
+    after = hpvit.data.read_checkpoint(tuned)["model"]
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert after["head.bias"].abs().max() > 0
 
@@ -1560,7 +1560,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_published_file_loads_strictly(published: Path) -> None:
     """As what it is and made hierarchical; full ones also beat a grey guess on photographs."""
-    file = hpvit.read_checkpoint(published)
+    file = hpvit.data.read_checkpoint(published)
     name, config = hpvit.identify(file)
     assert name.startswith("plain_") and config == replace(
         hpvit.MODELS[name], norm_pix_loss=config.norm_pix_loss)  # fmt: skip

@@ -237,7 +237,7 @@ def check_takeover(fixture: Fixture, config: ModelConfig, classes: int, folder: 
     meta = fixture.meta
     source = fill(MixMAE(config_of(meta["source_model"])), meta["source_weight_seed"])
     torch.save({"model": source.state_dict()}, folder / "source.pth")
-    file = mixmae.read_checkpoint(folder / "source.pth")
+    file = data.read_checkpoint(folder / "source.pth")
     make = partial(MixClassifier, config, classes)
     model, said = mixmae.load_weights(make, "source.pth", file, fresh_head=True)
     there, here = source.state_dict(), model.state_dict()
@@ -591,7 +591,7 @@ def our_file(model: MixEncoder, path: Path, **config: object) -> Path:
 def load(
     make: Callable[[], nn.Module], path: Path, fresh_head: bool = False
 ) -> tuple[nn.Module, str]:
-    return mixmae.load_weights(make, str(path), mixmae.read_checkpoint(path), fresh_head)
+    return mixmae.load_weights(make, str(path), data.read_checkpoint(path), fresh_head)
 
 
 def refuses(path: Path, command: str, **flags: object) -> str:
@@ -1314,7 +1314,7 @@ def test_the_published_recipe_is_the_default(command: str, model: str | None) ->
 
 def test_flags_come_before_the_file_and_the_file_before_the_default(tmp_path: Path) -> None:
     source = replace(TEST, input_size=128, mix_embed=True)
-    file = mixmae.read_checkpoint(our_file(MixMAE(source), tmp_path / "ours.pth"))
+    file = data.read_checkpoint(our_file(MixMAE(source), tmp_path / "ours.pth"))
 
     def chosen(file: dict | None, **flags: object) -> tuple[str, ModelConfig]:
         return mixmae.choose_config(mixmae.configure("export", **flags), file)
@@ -1450,7 +1450,7 @@ def test_files_of_mmpretrain_answer_alike(make: Callable, tmp_path: Path) -> Non
         state |= {"neck.mask_token": torch.zeros(1, 1, 32), "neck.decoder_pos_embed": torch.zeros(
             1, 16, 32), "neck.decoder_blocks.0.ln1.weight": torch.ones(32)}  # fmt: skip
     torch.save({"meta": {"epoch": 300, "cfg": "model = dict()"}, "state_dict": state}, path)
-    name, found = mixmae.identify(mixmae.read_checkpoint(path))
+    name, found = mixmae.identify(data.read_checkpoint(path))
     assert (name, found) == ("test", TEST)
     images = pictures(TEST)
     with torch.no_grad():
@@ -1486,7 +1486,7 @@ def test_released_files_load_whole_and_as_encoder(mix_embed: bool, tmp_path: Pat
     args = argparse.Namespace(model="mixmim_base", epochs=600)
     torch.save({"model": with_buffers(source), "optimizer": {}, "epoch": 9, "scaler": {},
                 "args": args}, path)  # fmt: skip
-    file = mixmae.read_checkpoint(path)
+    file = data.read_checkpoint(path)
     assert file["args"] == {} and mixmae.identify(file) == ("test", source.config)
     model, said = load(partial(MixMAE, source.config), path)
     assert "as they are" in said

@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 import torch
 
-import greenmim
 from common import data
 from common.data import InputError
 from tests import scripts
@@ -567,7 +566,7 @@ def test_flipped_bits_are_seen(pretrained: Path, tmp_path: Path) -> None:
         shutil.copy(pretrained / "checkpoint-last.pth", path)
         flip(path, rng, 1 + k % 10)
         try:
-            file = greenmim.read_checkpoint(path)
+            file = data.read_checkpoint(path)
         except InputError as error:
             refusals += 1
             assert "checkpoint-last.pth" in str(error) and "\n" not in str(error)
