@@ -379,6 +379,9 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     if config.drop_last >= config.depths[config.drop_stage]:
         raise InputError(f"--drop_last {config.drop_last} leaves nothing of the "
                          f"{config.depths[config.drop_stage]} blocks it is to shorten")
+    for flag, family in (("window_size", "swin"), ("global_pool", "vit")):
+        if flag in changes and config.family != family:
+            raise InputError(f"--{flag}: a network of the family {config.family} has no such thing")
     if config.family == "swin":
         check_window_size(config)
     return config
@@ -493,6 +496,8 @@ def make_target(images: Tensor, config: ModelConfig) -> Tensor:
 def masked_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Eq. (6) for (B, K, s, s) and (B, g, g), as a dense sum: no shape depends on the mask."""
     hidden = enlarge(mask, target.shape[-1])  # (B, 1, s, s)
+    if hidden.device.type == "cpu" and not hidden.any():  # a GPU would have to be waited for
+        raise ValueError("nothing is hidden: there is no loss")
     return ((prediction - target).square() * hidden).sum() / (hidden.sum() * target.shape[1])
 
 
@@ -1798,7 +1803,9 @@ def phase_rows(cfg: PretrainConfig) -> list[list[int]]:
         rows.append([*map(int, numbers), cfg.batch_size][:3])
         if not 1 <= rows[-1][0] <= 4096 or rows[-1][2] < 1:
             raise InputError(f"{flag}: no images of {rows[-1][0]} px, {rows[-1][2]} at a time")
-    starts = [row[1] for row in rows]
+    sides, starts = [row[0] for row in rows], [row[1] for row in rows]
+    if sides != sorted(sides):
+        raise InputError(f"{flag}: images have to grow from phase to phase, not {sides} px")
     if rows and (starts[0] or starts != sorted(set(starts)) or starts[-1] >= cfg.epochs):
         raise InputError(f"{flag}: first epochs {starts} have to rise from 0 and stay below the "
                          f"{cfg.epochs} of --epochs")
@@ -1864,6 +1871,8 @@ def enter_phase(cfg: PretrainConfig, process: Process, parts: dict, args: dict, 
 
 def synchronised(model: nn.Module, process: Process, wanted: bool) -> nn.Module:
     """The model, if it is `wanted` with BatchNorm over all processes; released code has it not."""
+    if wanted and not running_statistics(model):
+        raise InputError("--sync_bn: this network has no BatchNorm")
     if not wanted or process.world_size == 1:
         return model
     if process.device.type != "cuda":
@@ -1879,6 +1888,13 @@ def pretrain(cfg: PretrainConfig) -> dict:
     name, config = choose_config(replace(cfg, input_size=rows[0][0]) if rows else cfg, file)
     cfg = replace(cfg, model=name)
     phases = plan_phases(cfg, config)
+    images = len(data.open_source(cfg.data_path)) if cfg.data_path and rows else math.inf
+    for phase in phases:
+        batch = phase.batch_size * cfg.accum_iter * process.world_size
+        if images < batch:  # known now, and not when it begins
+            raise InputError(f"--progressive {cfg.progressive}: {images} images do not fill one "
+                             f"global batch of {batch} in phase {phase.number + 1}")
+    phases = phases if cfg.data_path else phases[-1:]  # a dry run is of the largest
     found = newest(cfg) if cfg.data_path and len(phases) > 1 else None
     if config.pretrain_heads:
         process.say(f"{config.pretrain_heads[0]} heads in pre-training, {config.num_heads[0]} in "
@@ -1918,7 +1934,7 @@ def pretrain_phase(cfg: PretrainConfig, process: Process, file: dict | None, pha
 
     torch.manual_seed(cfg.seed)
     model, said = load_weights(partial(FastMIM, config), cfg.weights, file)
-    process.say(said and f"{said}; {in_words(pretraining(config))}")
+    process.say(said and f"{said}; {side} px{in_words(pretraining(config))}")
     model = synchronised(model.to(process.device), process, cfg.sync_bn)
     model.encoder.grad_checkpoint = cfg.grad_checkpoint
     model.encoder.plan(side, side, process.device)
@@ -1982,13 +1998,9 @@ def accuracy(model: nn.Module, process: Process, source: data.ImageFiles, crop: 
 
 
 def in_words(config: ModelConfig) -> str:
-    """What of its shape its name does not tell, in words."""
-    words = [f"{config.input_size} px"]
-    if config.family == "swin":
-        words.append(f"windows of {config.window(0)}")
-    if config.family == "vit":
-        words.append(f"{config.num_heads[0]} heads")
-    return ", ".join(words)
+    """What of its shape neither its name nor its size tells, in words."""
+    words = {"swin": f", windows of {config.window(0)}", "vit": f", {config.num_heads[0]} heads"}
+    return words.get(config.family, "")
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
@@ -1996,10 +2008,13 @@ def finetune(cfg: FinetuneConfig) -> dict:
     process = setup_process(cfg.device, cfg.dtype)
     file = data.read_checkpoint(cfg.weights, SCRIPT) if cfg.weights else None
     name, config = choose_config(cfg, file)
+    keep_norm = cfg.keep_norm
+    if keep_norm and config.family == "cmt":
+        raise InputError("--keep_norm: CMT's classifier has no norm that could take it over")
+    if cfg.linear_probe and file and "head.weight" not in file["model"]:
+        config, keep_norm = pretraining(config), True  # what is frozen has been trained
     config = replace(config, drop_last=0)
     cfg, side, family = replace(cfg, model=name), config.input_size, BACKBONES[config.family]
-    if cfg.keep_norm and config.family == "cmt":
-        raise InputError("--keep_norm: CMT's classifier has no norm that could take it over")
     if cfg.linear_probe:
         cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0)
     if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
@@ -2016,8 +2031,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
 
     torch.manual_seed(cfg.seed)
     make = partial(family, config, outputs, cfg.drop_path)
-    model, said = load_weights(make, cfg.weights, file, True, cfg.keep_norm)
-    process.say(said and f"{said}; {in_words(config)}")
+    model, said = load_weights(make, cfg.weights, file, True, keep_norm)
+    process.say(said and f"{said}; {side} px{in_words(config)}")
     model = synchronised(model.to(process.device), process, cfg.sync_bn)
     if cfg.linear_probe:
         model.requires_grad_(False)
@@ -2087,8 +2102,8 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     model, said = load_weights(make, cfg.weights, file)
     if outputs and not head:
         model.head = nn.Identity()
-    shown = replace(pretraining(config) if whole else config, input_size=size)
-    process.say(f"{said}; {name}, {in_words(shown)}")
+    shown = "x".join(map(str, size if isinstance(size, tuple) else (size,)))
+    process.say(f"{said}; {name}, {shown} px{in_words(pretraining(config) if whole else config)}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
 
 

@@ -66,7 +66,8 @@ def blaming(path: str | Path) -> Generator[None, None, None]:
             raise
         raise InputError(f"{path}: refused, {error}") from None
     except Exception as error:  # truncated, foreign and hostile files raise almost anything
-        reason = f"{str(error).strip().partition(chr(10))[0][:300]} ({type(error).__name__})"
+        kind = "" if isinstance(error, ValueError) else f" ({type(error).__name__})"
+        reason = str(error).strip().partition("\n")[0][:500] + kind
         if reason.startswith("Weights only load failed"):  # and how to load it unsafely
             reason = "it is no PyTorch file of tensors and plain values"
         if isinstance(error, KeyError):
@@ -187,6 +188,8 @@ def check_resumable(file: dict, args: dict, parts: dict, total: int) -> None:
     keys = ("command", "model", "classes", "seed", "batch", "images", "linear_probe")
     there, here = ({k: (r["settings"] | r).get(k) for k in keys} | r["config"]
                    for r in (file["args"], args))
+    if there["model"] != here["model"]:
+        here = {"model": here["model"]}  # from which all else follows
     if wrong := differences(here, there, "the file has"):
         raise ValueError(f"--resume none starts afresh: it cannot go on with {wrong}")
     if type(file["step"]) is not int or not 0 <= file["step"] <= total:

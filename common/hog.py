@@ -37,6 +37,8 @@ def hog(
     in a hundred would fall into another bin. Raises ValueError where a side is below a cell, below
     2 px, or not a multiple of the window.
     """
+    if images.ndim != 4:
+        raise ValueError(f"images are (B, C, H, W), not {tuple(images.shape)}")
     height, width = images.shape[-2:]
     if min(height, width) < max(cell, 2):
         raise ValueError(f"images of {height}x{width} px are smaller than a cell of {cell} px")

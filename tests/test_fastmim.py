@@ -1020,13 +1020,25 @@ PHASES = {"epochs": 3, "data_path": "drawn:16", "progressive": "64:0,96:1", "sav
 
 @pytest.mark.parametrize(("text", "said"), [
     ("64", "neither side:epoch"), ("64:0,x:1", "'x:1' is neither"), ("64:1", "rise from 0"),
-    ("64:0,96:1,64:1", "rise from 0"), ("64:0,96:3", "stay below the 3"),
+    ("64:0,96:1,128:1", "rise from 0"), ("64:0,96:3", "stay below the 3"), ("96:0,64:1", "to grow"),
     ("64:0,96:1:0", "0 at a time"), ("64:0,72:1", "a multiple of 16"), ("64:0:1:2", "neither"),
 ])  # fmt: skip
 def test_phases_that_cannot_be(text: str, said: str) -> None:
     cfg = fastmim.configure("pretrain", model="test", epochs=3, progressive=text)
     with pytest.raises(InputError, match=said):
         fastmim.plan_phases(cfg, TEST)
+
+
+def test_phases_that_the_images_do_not_fill() -> None:
+    """Refused at the start and not when the phase begins; a dry run is of the largest."""
+    flags = {"model": "test", "epochs": 3, "progressive": "64:0:8,96:1:16", "output_dir": ""}
+    cfg = fastmim.configure("pretrain", **flags, data_path="drawn:8")
+    with pytest.raises(InputError, match="--output_dir"):
+        fastmim.pretrain(cfg)
+    cfg = replace(cfg, output_dir="nowhere")
+    with pytest.raises(InputError, match="8 images do not fill one global batch of 16 in phase 2"):
+        fastmim.pretrain(cfg)
+    assert not Path("nowhere").exists()
 
 
 def test_windows_of_one_token_fit_any() -> None:
@@ -1182,6 +1194,8 @@ def test_pictures_show_what_is_visible(target: str) -> None:
 def test_sync_bn_needs_gpus_and_processes() -> None:
     model = classifier("cmt")
     two = fastmim.Process(0, 2, CPU, torch.float32)
+    with pytest.raises(InputError, match="no BatchNorm"):
+        fastmim.synchronised(classifier("vit"), two, True)
     assert fastmim.synchronised(model, two, False) is model
     assert fastmim.synchronised(model, replace(two, world_size=1), True) is model
     with pytest.raises(InputError, match="--sync_bn"):
@@ -1535,3 +1549,44 @@ def test_epsilons_of_norms(family: str, tuned: bool) -> None:
             coarse = family == "swin" or (family != "vit" and (
                 "patch_embed" in name or name.startswith("decoder_") or "attn" in name))
             assert module.eps == (1e-5 if coarse else 1e-6), name
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "cmt"])
+def test_a_probe_freezes_only_what_was_trained(family: str, tmp_path: Path) -> None:
+    """Not the blocks that pre-training left out, nor a norm in the place of the one that is lost
+    in fine-tuning; and with the heads of pre-training."""
+    backbone = trained(tmp_path / "a", family, drop_last=1)
+    before = data.read_checkpoint(backbone)["model"]
+    run("finetune", weights=str(backbone), batch_size=4, epochs=1, warmup_epochs=0,
+        data_path="drawn:40", linear_probe=True, output_dir=str(tmp_path / "b"))  # fmt: skip
+    file = data.read_checkpoint(tmp_path / "b" / "best.pth")
+    trained_here = ("head.", "_fc.", "_bn.")
+    for key, value in file["model"].items():
+        if not key.startswith(trained_here):
+            assert torch.equal(value, before[key.replace("fc_norm.", "norm.")]), key
+
+
+def test_sizes_and_windows_are_told_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Another size does not change the windows a file was trained with."""
+    backbone = trained(tmp_path, "swin")
+    for size in ((64, 96), 128):
+        opened(backbone, input_size=size)
+        shown = "64x96" if size == (64, 96) else size
+        assert f"test_swin, {shown} px, windows of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("family", "flag"), [
+    ("vit", {"window_size": 2}), ("cmt", {"window_size": 2}), ("swin", {"global_pool": False}),
+])  # fmt: skip
+def test_flags_of_other_families_are_refused(family: str, flag: dict) -> None:
+    cfg = fastmim.configure("finetune", model=FAMILIES[family], **flag)
+    with pytest.raises(InputError, match=f"--{next(iter(flag))}: .*{family}"):
+        fastmim.choose_config(cfg, None)
+
+
+def test_a_mask_that_hides_nothing_is_refused() -> None:
+    config = small()
+    with pytest.raises(ValueError, match="nothing is hidden"):
+        made(config)(pictures(2), np.zeros((2, config.blocks, config.blocks), bool))
