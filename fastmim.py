@@ -2319,7 +2319,7 @@ def demo(cfg: UseConfig) -> dict:
         data.save_file(output / "start.pth", partial(torch.save, start))
     pretrain(PretrainConfig(
         **both, data_path="drawn:8192", output_dir=str(output / "pretrain"), batch_size=32,
-        epochs=epochs, warmup_epochs=0.2, lr=3e-3, mask_ratio=0.5))
+        epochs=epochs, warmup_epochs=0.2, lr=3e-3, mask_ratio=0.25))
     result = {"images_per_second": {
         size: round(step_speed(replace(config, input_size=size), process), 1)
         for size in (config.input_size, config.input_size // 2)}}
