@@ -76,6 +76,7 @@ class Workload:
     forward: Callable[[], object] | None = None  # to count multiply-adds of, without storage
     executed: bool = False  # count those of both passes, else the forward pass's times three
     baseline: int = 0  # the row of this dtype that ratios are to
+    target: Callable[[Tensor], object] | None = None  # of normalised images: timed alone, too
 
 
 TABLES: list[dict] = []  # all that were printed, for --json
@@ -199,6 +200,11 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
     executed = flop if work.executed else 3 * flop
     speed = batch / split["step"]
     fixed = f"{speed * work.gflop * 1e9 / rate:.0%}" if work.gflop else ""
+    target, images = [], data.normalize(pixels.to(device))
+    for _ in range(5 if work.target else 0):
+        started = clock(device)
+        work.target(images)
+        target.append((clock(device) - started) / split["step"])
     if args.profile:
         title = f"{work.label}, {process.dtype}".replace("torch.", "")
         print_profile(title, partial(step, 0), device.type == "cuda")
@@ -207,8 +213,8 @@ def measure(work: Workload, process: greenmim.Process, args: argparse.Namespace)
     row = [speed, *times, f"{split['planning'] / split['step']:.1%}", memory, gmac, rate / 1e9,
            share, fixed]  # fmt: skip
     return {"row": [work.label, *row], "speed": speed, "memory": memory, "rate": rate,
-            "baseline": work.baseline, "input_size": size, "gmac": gmac,
-            "share": share}  # fmt: skip
+            "baseline": work.baseline, "input_size": size, "gmac": gmac, "share": share,
+            "target": f"{statistics.median(target):.2%}" if target else ""}  # fmt: skip
 
 
 def take_turn() -> None:
@@ -453,6 +459,7 @@ def fastmim_work(
         f"{name}, {size} px, {target}", model, size, slowness=3,
         plan=lambda number: fastmim.draw_blocks(config, 0.75, args.batch_size, (0, number, 0, 1)),
         loss=lambda images, mask: model(images, mask)[0],
+        target=partial(fastmim.make_target, config=config),
     )  # fmt: skip
 
 
@@ -502,7 +509,7 @@ def methods_topic(args: argparse.Namespace) -> None:
 
 def method_topic(method: str, args: argparse.Namespace) -> None:
     """A method's step beside its baselines."""
-    rows, rates = [], []
+    rows, rates, targets = [], [], []
     for dtype in args.dtype:
         results = []
         for number in range(len(METHODS[method])):
@@ -511,6 +518,7 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
             ratios = (f"{result[k] / first[k]:.2f}" for k in ("speed", "memory"))
             label, *values = result["row"]
             rows.append([label, dtype, *values, *ratios])
+            targets.append((f"{label}, {dtype}", result["target"]))
         rate = statistics.median(result["rate"] for result in results)
         rates.append(f"{dtype} {rate / 1e9:.0f} GFLOP/s")
     header = ["step", "dtype", "images/s", "planning s", "data s", "forward s", "backward s",
@@ -527,6 +535,8 @@ def method_topic(method: str, args: argparse.Namespace) -> None:
           "the multiply-adds\n"
           f"{counted}; fixed share: by the FLOP of the released code. Ratios: to the "
           f"{first}.")  # fmt: skip
+    if targets := [f"{label} {share}" for label, share in targets if share]:
+        print(f"The target alone, of a step: {'; '.join(targets)}.")
 
 
 # ── dense windows ─────────────────────────────────────────────────────────────────────
