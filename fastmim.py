@@ -1321,6 +1321,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
         with torch.device("meta"):  # no memory is taken before all shapes are known to agree
             skeleton = make()
         own, new, tuned = skeleton.state_dict(), [], "head.weight" in file["model"]
+        lost = False
         if isinstance(skeleton, FastMIM):
             if "decoder_pred.weight" not in file["model"]:
                 raise ValueError("it has no decoder (mask_token): give pretrain's checkpoint-*.pth")
@@ -1331,8 +1332,10 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
                 # Released classifiers name their last norm otherwise, so that it is lost.
                 kept = {"fc_" + k: v for k, v in state.items() if k.startswith("norm.")}
                 state = {k: v for k, v in state.items() if not k.startswith("norm.")}
-                state |= kept if keep_norm and "fc_norm.weight" in own else {}
+                if lost := "fc_norm.weight" in own and bool(kept):
+                    state, lost = state | (kept if keep_norm else {}), not keep_norm
         state, notes = fit_tables(state, own, isinstance(skeleton, FastMIM))
+        notes += ["the last norm left out, as released (--keep_norm)"] if lost else []
         head = [k for k in ("head.weight", "head.bias") if k in own]
         fresh = fresh_head and any(k not in state or state[k].shape != own[k].shape for k in head)
         if fresh or not head:
@@ -1899,6 +1902,8 @@ def pretrain(cfg: PretrainConfig) -> dict:
     if config.pretrain_heads:
         process.say(f"{config.pretrain_heads[0]} heads in pre-training, {config.num_heads[0]} in "
                     f"fine-tuning, as released; --num_heads {config.num_heads[0]} is for both")
+    # A run goes on in the phase of its newest checkpoint; a later one begins with the checkpoint of
+    # the one before, which is in output_dir, whatever --resume says.
     reached = found[1]["args"].get("phase", 0) if found else 0
     ended, found = found[1].get("epoch", 0) if found else 0, None  # lets go of the weights
     for phase in phases[min(reached, len(phases) - 1):]:
@@ -1906,7 +1911,7 @@ def pretrain(cfg: PretrainConfig) -> dict:
             process.say(f"phase {phase.number + 1} of {len(phases)}, from epoch {phase.start}: "
                         f"{phase.config.input_size} px, blocks of {phase.config.block_size} px")
         record = pretrain_phase(cfg, process, file, phase)
-        if ended < phase.end:  # else the next phase begins with what --resume named, too
+        if ended < phase.end:  # else nothing ran, and what --resume names ended this phase
             cfg = replace(cfg, resume="auto")
         if not cfg.data_path:
             process.say("dry run: to pre-train on your images, give --data_path FOLDER")
@@ -1999,7 +2004,8 @@ def accuracy(model: nn.Module, process: Process, source: data.ImageFiles, crop: 
 
 def in_words(config: ModelConfig) -> str:
     """What of its shape neither its name nor its size tells, in words."""
-    words = {"swin": f", windows of {config.window(0)}", "vit": f", {config.num_heads[0]} heads"}
+    heads = config.num_heads[0]
+    words = {"swin": f", windows of {config.window(0)}", "vit": f", {heads} head{'s'[:heads - 1]}"}
     return words.get(config.family, "")
 
 
