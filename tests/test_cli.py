@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -482,6 +483,22 @@ def test_features(photos: Path, pretrained: Path, tmp_path: Path) -> None:
             stride = config.patch_size * 2**i
             shape = (12, widths[i], height // stride, width // stride)
             assert found[f"stage{i}"].shape == shape
+
+
+@each_script
+def test_features_of_many_batches_hold_no_files_open(script: ModuleType, tmp_path: Path) -> None:
+    """A tensor of a loader's process is an open file for as long as it lives."""
+    state = {"model": "test", "data_path": "drawn:8", "batch_size": 4, "epochs": 1, "device": "cpu"}
+    script.pretrain(script.configure("pretrain", **state, output_dir=str(tmp_path)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 60, hard))
+    try:
+        found = script.features(script.configure(
+            "features", weights=str(tmp_path / "backbone.pth"), data_path="drawn:64",
+            batch_size=1, num_workers=1, device="cpu", output=str(tmp_path / "f.npz")))  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found["features"][0] == 64
 
 
 def test_reconstruct(

@@ -1030,7 +1030,7 @@ def test_phases_that_cannot_be(text: str, said: str) -> None:
 
 
 def test_phases_that_the_images_do_not_fill() -> None:
-    """Refused at the start and not when the phase begins; a dry run is of the largest."""
+    """Refused at the start and not when the phase begins."""
     flags = {"model": "test", "epochs": 3, "progressive": "64:0:8,96:1:16", "output_dir": ""}
     cfg = fastmim.configure("pretrain", **flags, data_path="drawn:8")
     with pytest.raises(InputError, match="--output_dir"):
@@ -1039,6 +1039,15 @@ def test_phases_that_the_images_do_not_fill() -> None:
     with pytest.raises(InputError, match="8 images do not fill one global batch of 16 in phase 2"):
         fastmim.pretrain(cfg)
     assert not Path("nowhere").exists()
+
+
+def test_a_dry_run_is_of_the_largest_images(capsys: pytest.CaptureFixture) -> None:
+    flags = {"model": "test", "epochs": 3, "progressive": "64:0,96:1", "batch_size": 2}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastmim, "train", lambda *_: seen.append(_[4]["config"]["input_size"]) or {})
+        fastmim.pretrain(fastmim.configure("pretrain", **flags, device="cpu"))
+    assert seen == [96] and "dry run" in capsys.readouterr().out
 
 
 def test_windows_of_one_token_fit_any() -> None:
