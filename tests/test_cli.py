@@ -486,6 +486,25 @@ def test_features(photos: Path, pretrained: Path, tmp_path: Path) -> None:
 
 
 @each_script
+@pytest.mark.parametrize("probability", [0.0, 0.4])
+def test_erasing_is_as_the_flag_says(
+    script: ModuleType, probability: float, tmp_path: Path
+) -> None:
+    asked = []
+
+    def erase(images: torch.Tensor, _: object, probability: float) -> torch.Tensor:
+        asked.append(probability)
+        return images
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.augment, "random_erase", erase)
+        script.finetune(script.configure(
+            "finetune", model="test", data_path="drawn:40", batch_size=20, epochs=1, device="cpu",
+            reprob=probability, num_workers=0, output_dir=str(tmp_path)))  # fmt: skip
+    assert asked == ([probability] * 2 if probability else [])
+
+
+@each_script
 def test_features_of_many_batches_hold_no_files_open(script: ModuleType, tmp_path: Path) -> None:
     """A tensor of a loader's process is an open file for as long as it lives."""
     state = {"model": "test", "data_path": "drawn:8", "batch_size": 4, "epochs": 1, "device": "cpu"}
