@@ -27,6 +27,7 @@ import threading
 import traceback
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
@@ -121,6 +122,15 @@ def save_file(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         raise InputError(f"cannot write {path} (an earlier one stays whole): {reason}") from None
 
 
+def _tensors(tree: object) -> Generator[torch.Tensor, None, None]:
+    """Plain tensors on the CPU anywhere in nested dictionaries and sequences."""
+    if isinstance(tree, dict | list | tuple):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(branch)
+    elif isinstance(tree, torch.Tensor) and tree.layout is torch.strided and tree.is_cpu:
+        yield tree
+
+
 def read_checkpoint(path: str | Path, script: str = "") -> dict:
     """A .pth or .safetensors file as {"model": state dict, "args": dict, ...}, checked.
     Runs no code from the file, and asks for no more memory than the file has bytes. "args" is
@@ -136,14 +146,19 @@ def read_checkpoint(path: str | Path, script: str = "") -> dict:
             zipped = opened.read(2) == b"PK"  # PyTorch's format since 2020; it checks no CRC
         if zipped:
             with zipfile.ZipFile(path) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
+                sizes = [entry.file_size for entry in archive.infolist()]
                 packed = any(entry.compress_type for entry in archive.infolist())  # not by PyTorch
-                if packed or size > os.path.getsize(path) or archive.testzip():
+                if packed or sum(sizes) > os.path.getsize(path) or archive.testzip():
                     raise ValueError("it is damaged: contents and checksums disagree")
         torch.serialization.add_safe_globals([argparse.Namespace])  # in released files
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols and exotic tensors
             file = torch.load(path, map_location="cpu", weights_only=True)
+        # A storage is as long as its record, which older PyTorch takes on trust.
+        storages = [x.untyped_storage() for x in _tensors(file)]
+        lengths = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        if zipped and Counter(filter(None, lengths.values())) - Counter(sizes):
+            raise ValueError("it is damaged: tensors are longer than what it holds of them")
         names = ("model", "state_dict", "model_state") if isinstance(file, dict) else ()
         keys = [k for k in names if k in file]
         file = file | {"model": file[keys[0]]} if keys else {"model": file}
