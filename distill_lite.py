@@ -118,6 +118,7 @@ Share = Annotated[float, (0.0, 1.0)]
 Pixels = Annotated[int, (1, 4096)] | tuple[int, int]  # a side, or 224x320: height and width
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SCRIPT = Path(__file__).stem
+UNDECAYED = ("cls_token", "pos_embed")  # ends of names without weight decay in fine-tuning (MAE)
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm (MAE)
 Blocks = tuple[Annotated[int, (0, 999)], ...]
 Distillation = Literal["none", "attention", "decoupled"]
@@ -149,7 +150,7 @@ class ModelConfig:
     hidden_weight: Amount = 1.0
     hidden_adapter: bool = True
     # Fine-tuning of ViTs.
-    global_pool: bool = True  # the head sees the mean of all patches, not the class token
+    global_pool: bool = True  # the head sees the mean token, not the class token
     two_heads: bool = False  # a second head on the class token, for a teacher that classifies
     abs_pos: bool = True
     rpe: Relative = "none"  # tables of R a block, or one for all
@@ -157,24 +158,24 @@ class ModelConfig:
     layer_scale: Annotated[float, (0.0, 1e3)] = 0.0  # what gammas begin at, 0 = there are none
 
     @property
-    def stride(self) -> int:
+    def patch_stride(self) -> int:
         """Pixels between embedded tokens."""
         return self.patch_size if self.kind == "vit" else self.patch_size // 4
 
     @property
-    def unit(self) -> int:
+    def mask_unit(self) -> int:
         """Side of what is masked as a whole: a patch of ViT, 8x8 tokens of Hiera."""
         return self.patch_size if self.kind == "vit" else 2 * self.patch_size
 
     @property
     def units(self) -> int:
         """Patches or mask units per side of the image."""
-        return self.input_size // self.unit
+        return self.input_size // self.mask_unit
 
     @property
     def cells(self) -> int:
         """Predicted patches of a unit."""
-        return (self.unit // self.patch_size) ** 2
+        return (self.mask_unit // self.patch_size) ** 2
 
     @property
     def last(self) -> int:
@@ -282,17 +283,6 @@ class MethodConfig:
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig, MethodConfig):
     """Recipe of the released experiments, 8 processes."""
-    distill: Distillation | None = None  # attention = D-MAE, decoupled = D2-MAE, none (paper)
-    teacher: str = ""  # file of its weights, MAE's, Hiera's or ours (paper: MAE ViT-B)
-    teacher_dtype: DType | None = None  # of its work, bf16 is fastest; none = the student's (ours)
-    decode_depth: Count | None = None  # decoupled: blocks before the decoder; none = 8 (released)
-    attn_layers: Blocks | None = None  # student's blocks, from 1; none = the last (released)
-    teacher_attn_layers: Blocks | None = None  # teacher's; none = the same, or its last (released)
-    attn_weight: Amount | None = None  # of the attention loss; none = 1 (released)
-    attn_adapter: bool | None = None  # convolution over heads; none = yes (released)
-    hidden_layers: Blocks | None = None  # layers of hidden states, from 0; none = off (released)
-    hidden_weight: Amount | None = None  # of the hidden-state loss; none = 1 (released)
-    hidden_adapter: bool | None = None  # linear map of hidden states; none = yes (released)
     output_dir: str = f"output/{SCRIPT}/pretrain"  # checkpoints, log.txt, pictures (ours)
     batch_size: Count = 512  # images per process (released)
     epochs: Count = 400  # passes over the data (released)
@@ -304,20 +294,22 @@ class PretrainConfig(RunConfig, MethodConfig):
     crop_min: Annotated[float, (0.001, 1.0)] = 0.08  # smallest crop, share of the image (released)
     mask_ratio: Share = 0.75  # share of hidden patches; of Hiera's units 0.4 (released)
     norm_pix_loss: bool | None = None  # normalise each target patch; none = yes (released)
+    distill: Distillation | None = None  # attention = D-MAE, decoupled = D2-MAE, none (paper)
+    teacher: str = ""  # file of its weights, MAE's, Hiera's or ours (paper: MAE ViT-B)
+    teacher_dtype: DType | None = None  # of its work, bf16 is fastest; none = the student's (ours)
+    decode_depth: Count | None = None  # decoupled: blocks before the decoder; none = 8 (released)
+    attn_layers: Blocks | None = None  # student's blocks, from 1; none = the last (released)
+    teacher_attn_layers: Blocks | None = None  # teacher's; none = the same, or its last (released)
+    attn_weight: Amount | None = None  # of the attention loss; none = 1 (released)
+    attn_adapter: bool | None = None  # convolution over heads; none = yes (released)
+    hidden_layers: Blocks | None = None  # layers of hidden states, from 0; none = off (released)
+    hidden_weight: Amount | None = None  # of the hidden-state loss; none = 1 (released)
+    hidden_adapter: bool | None = None  # linear map of hidden states; none = yes (released)
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig, MethodConfig):
     """The paper's improved recipe, 8 processes."""
-    rpe: Relative | None = None  # relative position bias a block, shared or both (released: block)
-    qkv_bias: Biases | None = None  # qv = of queries and values by themselves (released 2023)
-    layer_scale: Amount | None = None  # start of learned factors of branches (released 2023: 0.1)
-    global_pool: bool | None = None  # head on the mean, else class token (released: mean)
-    class_teacher: str = ""  # module:function that returns a classifier to learn from (ours)
-    class_distill: Literal["hard", "soft"] = "hard"  # its answer or its probabilities (released)
-    class_weight: Share = 0.5  # share of that loss (released)
-    temperature: Annotated[float, (0.01, 1000.0)] = 1.0  # of soft distillation (released)
-    opt: Literal["adamw", "sgd"] = "adamw"  # sgd with Nesterov momentum 0.9 (released transfer)
     output_dir: str = f"output/{SCRIPT}/finetune"  # checkpoints and log.txt (ours)
     linear_probe: bool = False  # train the head only: plain crops, no mixing (ours)
     nb_classes: Count | None = None  # outputs; none = the number of class folders (ours)
@@ -325,11 +317,11 @@ class FinetuneConfig(RunConfig, MethodConfig):
     epochs: Count = 300  # passes over the data (released)
     warmup_epochs: Amount = 5.0  # linear warm-up (released)
     blr: Amount = 1e-3  # learning rate per 256 images (released)
-    min_lr: Amount = 1e-6  # end of the cosine, of the head's rate (released)
+    min_lr: Amount = 1e-6  # end of the cosine, before layer decay (released)
     weight_decay: Amount = 0.05  # of AdamW, or SGD (released)
     clip_grad: Amount | None = None  # largest gradient norm; none = any (released)
     layer_decay: Share = 0.85  # learning rate factor from layer to layer (released)
-    drop_path: Annotated[float, (0.0, 0.99999)] = 0.0  # depth of the last block (released)
+    drop_path: Annotated[float, (0.0, 0.99999)] = 0.0  # stochastic depth, last block (released)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.08  # smallest crop, share of the image (released)
     mixup: Amount = 0.2  # Beta parameter, 0 = off (released)
     cutmix: Amount = 0.0  # Beta parameter, 0 = off (released)
@@ -338,6 +330,15 @@ class FinetuneConfig(RunConfig, MethodConfig):
     aa: str = "rand-m10-mstd0.5-inc1"  # RandAugment policy, none = off (released)
     ema: Annotated[float, (0.0, 0.99999)] = 0.0  # decay of averaged weights, 0 = off (ours)
     test_freq: Count = 1  # epochs between tests; the last is always tested (ours)
+    rpe: Relative | None = None  # relative position bias a block, shared or both (released: block)
+    qkv_bias: Biases | None = None  # qv = of queries and values by themselves (released 2023)
+    layer_scale: Amount | None = None  # start of learned factors of branches (released 2023: 0.1)
+    global_pool: bool | None = None  # head on the mean token, else class token (released)
+    class_teacher: str = ""  # module:function that returns a classifier to learn from (ours)
+    class_distill: Literal["hard", "soft"] = "hard"  # its answer or its probabilities (released)
+    class_weight: Share = 0.5  # share of that loss (released)
+    temperature: Annotated[float, (0.01, 1000.0)] = 1.0  # of soft distillation (released)
+    opt: Literal["adamw", "sgd"] = "adamw"  # sgd with Nesterov momentum 0.9 (released transfer)
 
 
 @dataclass(frozen=True)
@@ -371,7 +372,7 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     vit, depth = config.kind == "vit", sum(config.depths)
     if isinstance(config.input_size, tuple):
         raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
-    check_size(config.input_size, config.unit)
+    check_size(config.input_size, config.mask_unit)
     for width, heads in ((config.embed_dim, config.num_heads),
                          (config.decoder_dim, config.decoder_num_heads)):
         if width % heads:
@@ -792,8 +793,8 @@ class LiteHiera(nn.Module):
         super().__init__()
         self.config, self.grad_checkpoint = config, False
         self.channels = [config.embed_dim * 2**i for i in range(4)]
-        self.strides = [config.stride * 2 ** min(i, pools) for i in range(4)]
-        self.patch_embed, stride = nn.Sequential(), config.stride
+        self.strides = [config.patch_stride * 2 ** min(i, pools) for i in range(4)]
+        self.patch_embed, stride = nn.Sequential(), config.patch_stride
         self.patch_embed.proj = nn.Conv2d(  # a token every `stride` pixels, of nearly twice as many
             3, config.embed_dim, 2 * stride - 1, stride, stride - 1)
         self.pos_embed = nn.Parameter(torch.zeros(1, 64 * config.units**2, config.embed_dim))
@@ -820,7 +821,7 @@ class LiteHiera(nn.Module):
         the border of a visible one would reach."""
         mask = torch.zeros_like(plan.restore, dtype=images.dtype).scatter_(1, plan.keep, 1.0)
         mask = mask.unflatten(1, (self.config.units, -1)).unsqueeze(1)
-        return images * F.interpolate(mask, scale_factor=float(self.config.unit))
+        return images * F.interpolate(mask, scale_factor=float(self.config.mask_unit))
 
     def embed(self, seen: Tensor, shape: Sequence[int], keep: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) of (h, w) tokens -> (B, U * 64, C), or only of units to `keep`."""
@@ -833,7 +834,7 @@ class LiteHiera(nn.Module):
     def look(self, images: Tensor, ends: Sequence[int] = (), attn: Sequence[int] = (),
              hidden: Sequence[int] = ()) -> Found:
         """`trace` of whole images (B, 3, H, W), tokens unit by unit."""
-        shape = whole_map(images, self.config.stride, self.config.unit)
+        shape = whole_map(images, self.config.patch_stride, self.config.mask_unit)
         return trace(self, self.embed(images, shape), ends, attn, hidden)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -845,7 +846,7 @@ class LiteHiera(nn.Module):
         """(B, 3, H, W) normalised -> a map (B, C, h, w) of every stage, not normed. Any H and W
         that a unit divides; positions are interpolated."""
         found, *_ = self.look(images, list(itertools.accumulate(self.config.depths)))
-        units = [side // self.config.unit for side in images.shape[-2:]]
+        units = [side // self.config.mask_unit for side in images.shape[-2:]]
         return [rearrange(to_raster(x, units), "b (h w) c -> b c h w", h=images.shape[-2] // stride)
                 for x, stride in zip(found.values(), self.strides, strict=True)]
 
@@ -1101,7 +1102,7 @@ class DistilledMAE(nn.Module):
         usual = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         dtype = self.teacher_dtype or usual
         with torch.autocast(kind, dtype, dtype is not torch.float32):
-            x = teacher.embed(seen, (side // teacher.config.stride,) * 2, plan.keep)
+            x = teacher.embed(seen, (side // teacher.config.patch_stride,) * 2, plan.keep)
             _, logits, states = trace(teacher, x, (), attn, hidden)
         return logits, states
 
@@ -1121,8 +1122,8 @@ def imitation(ours: Tensor, theirs: Tensor, adapters: nn.ModuleDict, name: str) 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
 
-# Computed here, so neither needed from a file nor saved.
-INDEX_BUFFERS = ("relative_position_index",)
+# Computed here, so not needed from a file and in no checkpoint.
+INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 AROUND = ("tch_model.", "attn_adapter.", "hidden_adapter.")  # what stands beside "model."
 HIERA_HEADS = {112: 2, 144: 2, 256: 4}  # in stage 1, by width: Hiera-B+, L, H, not in `MODELS`
 PRETRAINING = ("decoder_", "mask_token", "encoder_norm.", "multi_scale_fusion_heads.")
@@ -1160,7 +1161,7 @@ def told_by_shapes(state: dict[str, Tensor]) -> dict[str, object]:
     """Fields of `ModelConfig` that names and shapes show: heads only if there are tables of R."""
     widths = [len(state[k]) for i in range(999) if (k := f"blocks.{i}.norm2.weight") in state]
     if not widths or "patch_embed.proj.weight" not in state:
-        raise ValueError("it holds no ViT or Hiera (patch_embed.proj.weight, blocks.0. ...)")
+        raise ValueError("it holds no ViT or Hiera (patch_embed.proj.weight, blocks.0.norm2, ...)")
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     vit = "cls_token" in state
     found = {"kind": "vit" if vit else "hiera", "embed_dim": dim,
@@ -1224,7 +1225,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
         if not isinstance(model, MaskedDecoder):
             state = {k: v for k, v in state.items() if not k.startswith(PRETRAINING)}
         elif "decoder_pred.weight" not in state:
-            raise ValueError("it has no decoder (mask_token, ...): give a pre-training file")
+            raise ValueError("it has no decoder (mask_token): give pretrain's checkpoint-*.pth")
         state, adapted = fit_network(state, model)
         heads = [k for k in own if k.startswith(("head.", "head_dist."))]
         fresh = fresh_head and any(k not in state or state[k].shape != own[k].shape for k in heads)
@@ -1381,9 +1382,6 @@ def setup_process(device: str, dtype: str) -> Process:
         raise InputError(f"cannot start with {place}: {reason}") from None
     kinds = {"auto": usual, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return Process(rank, world_size, chosen, kinds[dtype])
-
-
-UNDECAYED = ("cls_token", "pos_embed")  # ends of names, beside all vectors; in fine-tuning
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, depths: Sequence[int] = (),
@@ -1703,11 +1701,12 @@ def check_of_use(cfg: PretrainConfig, config: ModelConfig) -> None:
     """InputError if a flag of distillation was given that would change nothing."""
     for flags, used, needed in (
             ("decode_depth", config.distill == "decoupled", "--distill decoupled"),
-            ("attn_weight attn_adapter", config.distill != "none", "--distill attention"),
+            ("attn_weight attn_adapter", config.distill != "none",
+             "--distill attention or decoupled"),
             ("hidden_weight hidden_adapter", config.hidden_layers, "--hidden_layers")):
         for flag in flags.split():
             if getattr(cfg, flag) is not None and not used:
-                raise InputError(f"--{flag} is of no use without {needed}")
+                raise InputError(f"--{flag} needs {needed}")
 
 
 def lower(teacher: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -1829,7 +1828,7 @@ def accuracy(model: nn.Module, process: Process, source: data.ImageFiles, crop: 
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
-    """Train a classifier on train/<class>/, test it on val/<class>/; returns the last record."""
+    """Train a classifier on train/<class>/, test on val/<class>/; ten steps without --data_path."""
     process = setup_process(cfg.device, cfg.dtype)
     file = data.read_checkpoint(cfg.weights, SCRIPT) if cfg.weights else None
     name, config = choose_config(cfg, file)
@@ -1839,8 +1838,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     config = model_config(replace(without_teacher(config), two_heads=teacher is not None))
     cfg, side = replace(cfg, model=name), config.input_size
     if cfg.linear_probe:
-        cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0,
-                      layer_decay=1.0)
+        cfg = replace(cfg, mixup=0.0, cutmix=0.0, smoothing=0.0, reprob=0.0, aa="", drop_path=0.0)
     if (cfg.mixup or cfg.cutmix) and cfg.batch_size % 2:
         raise InputError(f"--batch_size {cfg.batch_size} is odd: mixup and cutmix pair images")
     with data.blaming(f"--aa {cfg.aa}"):
@@ -1856,7 +1854,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     torch.manual_seed(cfg.seed)
     make = partial(classifier, config, outputs, cfg.drop_path)
     model, said = load_weights(make, cfg.weights, file, fresh_head=True)
-    process.say(said and f"{said}; {config.input_size} px")
+    process.say(said and f"{said}; {side} px")
     if cfg.linear_probe:
         model.requires_grad_(False).head.requires_grad_(True)
     model.to(process.device).grad_checkpoint = cfg.grad_checkpoint
@@ -1921,7 +1919,7 @@ def open_model(cfg: UseConfig | AnalyseConfig, whole: bool = False, head: bool =
     file = data.read_checkpoint(cfg.weights, SCRIPT)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
     state, size = bare_names(file["model"]), cfg.input_size or config.input_size
-    check_size(size, config.unit)
+    check_size(size, config.mask_unit)
     trained = [k for k in ("head.weight", "head.projection.weight") if k in state]
     if whole:
         make = partial(masked_model, config)
@@ -2063,7 +2061,7 @@ def save_state(process: Process, output: Path, state: dict[str, Tensor], content
 
 
 def export(cfg: UseConfig) -> dict:
-    """Encoder, and head if there is one, in released or timm's parameter names."""
+    """Encoder, and head if there is one, in the official or timm's parameter names."""
     if cfg.input_size:
         raise InputError("export writes a network as its file has it: leave out --input_size")
     process, model, *_ = open_model(cfg)
@@ -2145,7 +2143,7 @@ def attention_statistics(logits: Tensor, distances: Tensor) -> Tensor:
 
 def token_distances(model: nn.Module, height: int, width: int) -> list[Tensor]:
     """For each block the pixels between each query and each key, class tokens left out."""
-    stride = model.config.stride
+    stride = model.config.patch_stride
     y, x = torch.meshgrid(torch.arange(height // stride), torch.arange(width // stride),
                           indexing="ij")
     places = torch.stack([y, x], dim=-1).flatten(0, 1).float() * stride  # (N, 2)
@@ -2283,12 +2281,10 @@ def demo(cfg: UseConfig) -> dict:
 
 # ── command line ──────────────────────────────────────────────────────────────────────
 
-COMMANDS = {
-    "pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune),
-    **{function.__name__: (UseConfig, function)
-       for function in (evaluate, reconstruct, export, features, demo)},
-    "analyse": (AnalyseConfig, analyse),
-}
+USES = (evaluate, reconstruct, export, features, demo)
+COMMANDS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune),
+            **{function.__name__: (UseConfig, function) for function in USES},
+            "analyse": (AnalyseConfig, analyse)}
 
 
 def fit(hint: object, value: object) -> object:

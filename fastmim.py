@@ -117,8 +117,7 @@ Share = Annotated[float, (0.0, 1.0)]
 Pixels = Annotated[int, (1, 4096)] | tuple[int, int]  # a side, or 224x320: height and width
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SCRIPT = Path(__file__).stem
-UNDECAYED = ("cls_token", "pos_embed")  # ends of names without weight decay in fine-tuning
-INDEX_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")  # worked out here
+UNDECAYED = ("cls_token", "pos_embed")  # ends of names without weight decay in fine-tuning (MAE)
 HOG_BINS, HOG_CELL = 9, 8  # unsigned directions, and pixels a side of a cell (released)
 Target = Literal["hog", "pixel"]
 Width = Annotated[int, (4, 4096)]
@@ -139,7 +138,7 @@ class ModelConfig:
     stem_dim: Annotated[int, (0, 4096)] = 0  # CMT
     fc_dim: Annotated[int, (0, 8192)] = 0  # CMT, before the head
     window_size: Annotated[int, (0, 1024)] = 0  # Swin; 0 = the side of the last map
-    global_pool: bool = True  # ViT: the head sees the mean of tokens, not the class token
+    global_pool: bool = True  # ViT: the head sees the mean token, not the class token
     drop_last: Annotated[int, (0, 99)] = 0  # blocks that pre-training leaves out
     block_size: Annotated[int, (1, 4096)] = 16  # pixels a side of what is masked
     decoder_dim: Annotated[int, (32, 4096)] = 256
@@ -149,17 +148,17 @@ class ModelConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels a side of a token of the last stage."""
+        """Pixels per side of a token of the last stage: it divides the sides of images."""
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
     @property
     def cell(self) -> int:
-        """Pixels a side of what the target describes as one: a cell of HOG, or a patch."""
+        """Pixels per side of what the target describes as one: a cell of HOG, or a patch."""
         return HOG_CELL if self.target == "hog" else math.gcd(self.stride, self.block_size)
 
     @property
     def blocks(self) -> int:
-        """g, blocks a side of the image."""
+        """g, blocks per side of the image."""
         return self.input_size // self.block_size
 
     @property
@@ -168,11 +167,11 @@ class ModelConfig:
         return min(2, len(self.depths) - 1)
 
     def side(self, stage: int) -> int:
-        """Tokens a side of a stage's map."""
+        """Tokens per side of a stage's map."""
         return self.input_size // self.patch_size // 2**stage
 
     def window(self, stage: int) -> int:
-        """Tokens a side of a stage's windows."""
+        """Tokens per side of a stage's windows."""
         return min(self.window_size or self.side(len(self.depths) - 1), self.side(stage))
 
 
@@ -283,7 +282,7 @@ class FileConfig:
 @dataclass(frozen=True)
 class MethodConfig:
     """What FastMIM lets one change of the network; None = as the file or the model has it."""
-    window_size: Annotated[int, (0, 1024)] | None = None  # Swin; 0 = side of the last map (ours)
+    window_size: Annotated[int, (0, 1024)] | None = None  # Swin: tokens a side; 0 = last map (ours)
     num_heads: tuple[Count, ...] | None = None  # one a stage, also for pre-training (ours)
 
 
@@ -305,8 +304,8 @@ class PretrainConfig(RunConfig, MethodConfig):
     block_size: Count | None = None  # px a side of a block; none = 16 ViT, 32 pyramids (released)
     target: Target | None = None  # hog or pixel; none = hog (paper)
     norm_pix_loss: bool | None = None  # normalise each target cell; none = yes (released command)
-    decoder_dim: Annotated[int, (32, 4096)] | None = None  # none = 256 (released command)
-    decoder_depth: Annotated[int, (0, 99)] | None = None  # none = ViT 1, pyramids 4 (released)
+    decoder_dim: Annotated[int, (32, 4096)] | None = None  # channels; none = 256 (released command)
+    decoder_depth: Annotated[int, (0, 99)] | None = None  # blocks; none = 1, pyramids 4 (released)
     drop_last: Annotated[int, (0, 99)] | None = None  # last blocks to leave out, of stage 2 (paper)
     progressive: str = ""  # side:first epoch[:batch], ... as 128:0,160:200,192:300 (paper)
     progressive_blocks: Literal["pixels", "cells"] = "pixels"  # what of a block stays (ours)
@@ -324,22 +323,22 @@ class FinetuneConfig(RunConfig, MethodConfig):
     epochs: Count = 100  # passes over the data (released command)
     warmup_epochs: Amount = 5.0  # linear warm-up (released command)
     blr: Amount = 6e-4  # learning rate per 256 images (released command)
-    min_lr: Amount = 1e-6  # end of the cosine, of the head's rate (released default)
+    min_lr: Amount = 1e-6  # end of the cosine, before layer decay (released default)
     weight_decay: Amount = 0.05  # AdamW (released command)
     clip_grad: Amount | None = None  # largest gradient norm; none = any (released default)
     layer_decay: Share = 0.7  # learning rate factor from layer to layer (released command)
-    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # depth of the last block (released command)
+    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # stochastic depth, last block (released)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.08  # smallest crop, share of the image (released)
     mixup: Amount = 0.8  # Beta parameter, 0 = off (released command)
     cutmix: Amount = 1.0  # Beta parameter, 0 = off (released command)
     smoothing: Share = 0.1  # label smoothing (released default)
     reprob: Share = 0.25  # probability of random erasing (released command)
     aa: str = "rand-m9-mstd0.5-inc1"  # RandAugment policy, none = off (released default)
-    global_pool: bool | None = None  # ViT's head on the mean of tokens, none = yes (released)
-    keep_norm: bool = False  # take over the last norm of ViT and Swin, which is lost (released)
-    sync_bn: bool = False  # CMT: batch statistics over all processes (ours)
     ema: Annotated[float, (0.0, 0.99999)] = 0.0  # decay of averaged weights, 0 = off (released)
     test_freq: Count = 1  # epochs between tests; the last is always tested (ours)
+    global_pool: bool | None = None  # ViT: head on the mean token, else class token (released)
+    keep_norm: bool = False  # take over the last norm of ViT and Swin, which is lost (released)
+    sync_bn: bool = False  # CMT: batch statistics over all processes (ours)
 
 
 @dataclass(frozen=True)
@@ -1227,6 +1226,8 @@ BACKBONES = {"vit": ViT, "swin": Swin, "pvtv2": PVTv2, "cmt": CMT}
 
 # ── weights ───────────────────────────────────────────────────────────────────────────
 
+# Computed here, so not needed from a file and in no checkpoint.
+INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 FAMILIES = {  # a weight that only files of this family have, without the prefix of pre-training
     "cmt": "stem_conv1.weight", "pvtv2": "block1.0.norm1.weight",
     "swin": "layers.0.blocks.0.norm1.weight", "vit": "blocks.0.norm1.weight"}
@@ -2010,7 +2011,7 @@ def in_words(config: ModelConfig) -> str:
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
-    """Train a classifier on train/<class>/, test it on val/<class>/; returns the last record."""
+    """Train a classifier on train/<class>/, test on val/<class>/; ten steps without --data_path."""
     process = setup_process(cfg.device, cfg.dtype)
     file = data.read_checkpoint(cfg.weights, SCRIPT) if cfg.weights else None
     name, config = choose_config(cfg, file)
@@ -2037,7 +2038,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
 
     torch.manual_seed(cfg.seed)
     make = partial(family, config, outputs, cfg.drop_path)
-    model, said = load_weights(make, cfg.weights, file, True, keep_norm)
+    model, said = load_weights(make, cfg.weights, file, fresh_head=True, keep_norm=keep_norm)
     process.say(said and f"{said}; {side} px{in_words(config)}")
     model = synchronised(model.to(process.device), process, cfg.sync_bn)
     if cfg.linear_probe:
@@ -2243,7 +2244,7 @@ def save_state(process: Process, output: Path, state: dict[str, Tensor], content
 
 
 def export(cfg: UseConfig) -> dict:
-    """Encoder, and head if there is one, in the official names of classifiers or in timm's."""
+    """Encoder, and head if there is one, in the official or timm's parameter names."""
     if cfg.input_size:
         raise InputError("export writes a network as its file has it: leave out --input_size")
     process, model, args, _ = open_model(cfg)
@@ -2345,11 +2346,9 @@ def demo(cfg: UseConfig) -> dict:
 
 # ── command line ──────────────────────────────────────────────────────────────────────
 
-COMMANDS = {
-    "pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune),
-    **{function.__name__: (UseConfig, function)
-       for function in (evaluate, reconstruct, export, features, demo)},
-}
+USES = (evaluate, reconstruct, export, features, demo)
+COMMANDS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune),
+            **{function.__name__: (UseConfig, function) for function in USES}}
 
 
 def fit(hint: object, value: object) -> object:

@@ -224,7 +224,7 @@ class FileConfig:
 @dataclass(frozen=True)
 class MethodConfig:
     """What GreenMIM lets one change of the network; None = as the file or the model has it."""
-    window_size: Count | None = None  # tokens per side (paper: 7 or 14)
+    window_size: Count | None = None  # tokens a side (paper: 7 or 14)
     release: Literal["corrected", "2023", "2022"] | None = None  # see the top of the file (ours)
 
 
@@ -240,7 +240,7 @@ class PretrainConfig(RunConfig, MethodConfig):
     weight_decay: Amount = 0.05  # AdamW (released script)
     clip_grad: Amount | None = None  # largest gradient norm; none = any (released script)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.2  # smallest crop, share of the image (released)
-    mask_ratio: Share = 0.75  # share of hidden units (paper, Sec. 4.1)
+    mask_ratio: Share = 0.75  # share of hidden units (paper)
     norm_pix_loss: bool | None = None  # normalise each target unit; none = yes (released script)
 
 
@@ -257,7 +257,7 @@ class FinetuneConfig(RunConfig, MethodConfig):
     warmup_lr: Amount = 2.5e-7  # start of the warm-up, per 512 images (released config)
     min_lr: Amount = 2.5e-7  # end of the cosine, per 512 images (released config)
     weight_decay: Amount = 0.05  # AdamW (released config)
-    clip_grad: Amount | None = 5.0  # largest gradient norm (SimMIM)
+    clip_grad: Amount | None = 5.0  # largest gradient norm; none = any (SimMIM)
     layer_decay: Share = 0.9  # learning rate factor from layer to layer (released config)
     drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # stochastic depth, last block (released)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.08  # smallest crop, share of the image (SimMIM)
@@ -776,7 +776,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
         data.check_keys(state, own)
     model = make()
     model.load_state_dict(state, strict=False)
-    return model, f"loaded {path}: {', '.join(notes) or 'all weights as they are'}"
+    return model, f"loaded {path}: {'; '.join(notes) or 'all weights as they are'}"
 
 
 def resize_bias_table(table: Tensor, rows: int) -> Tensor:
@@ -1210,7 +1210,7 @@ def accuracy(model: nn.Module, process: Process, source: data.ImageFiles, crop: 
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
-    """Train a classifier on train/<class>/, test it on val/<class>/; returns the last record."""
+    """Train a classifier on train/<class>/, test on val/<class>/; ten steps without --data_path."""
     process = setup_process(cfg.device, cfg.dtype)
     file = data.read_checkpoint(cfg.weights, SCRIPT) if cfg.weights else None
     name, config = choose_config(cfg, file)
@@ -1233,7 +1233,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     torch.manual_seed(cfg.seed)
     make = partial(SwinClassifier, config, outputs, cfg.drop_path)
     model, said = load_weights(make, cfg.weights, file, cfg.release, fresh_head=True)
-    process.say(said and f"{said}; {config.input_size} px, window {config.window_size}")
+    process.say(said and f"{said}; {side} px, window {config.window_size}")
     if cfg.linear_probe:
         model.requires_grad_(False).head.requires_grad_(True)
     model.grad_checkpoint = cfg.grad_checkpoint
@@ -1418,7 +1418,7 @@ def save_state(process: Process, output: Path, state: dict[str, Tensor], content
 
 
 def export(cfg: UseConfig) -> dict:
-    """Encoder, and head if there is one, in timm's or official Swin's parameter names."""
+    """Encoder, and head if there is one, in timm's or the official Swin's parameter names."""
     if cfg.input_size:
         raise InputError("export writes a network as its file has it: leave out --input_size")
     process, model, *_ = open_model(cfg)

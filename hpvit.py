@@ -167,8 +167,8 @@ class ModelConfig:
         return self.patch_size if self.patch_kernel == "keep" else self.patch_size // 4
 
     @property
-    def unit(self) -> int:
-        """Stride of the last stage in pixels: it divides the sides of images."""
+    def stride(self) -> int:
+        """Pixels per side of a token of the last stage: it divides the sides of images."""
         return self.patch_stride * 2 ** (len(self.depths) - 1)
 
     def side(self, stage: int) -> int:
@@ -264,7 +264,7 @@ class FileConfig:
 class MethodConfig:
     """What HPViT lets one change of the network; None = as the file or the model has it."""
     depths: tuple[Count, ...] | None = None  # blocks a stage, pools between: 2,2,6,2 (ours)
-    windows: tuple[Window, ...] | None = None  # a stage, 0 = whole: 14,14,0,0 (released ViTDet)
+    windows: tuple[Window, ...] | None = None  # tokens a side, 0 = all: 14,14,0,0 (released ViTDet)
     patch_stride: Count | None = None  # px between tokens: 4, 8, or 16 = plain (paper: 4)
     patch_kernel: Kernel | None = None  # keep (released ViTPose), or sums of 4x4 values (ours)
     patch_pad: Padding | None = None  # zeros all around (released ViTPose) or right, below (ours)
@@ -273,7 +273,7 @@ class MethodConfig:
     pool_init: Initial | None = None  # convolutions begin as averages, or PyTorch's way (ours)
     pos: Position | None = None  # interpolate the table (MAE), or the formula anew (ours)
     cls_token: bool | None = None  # off (released ViTDet), on needs whole maps (plain: MAE)
-    global_pool: bool | None = None  # head on the mean of tokens, else on the class token (MAE)
+    global_pool: bool | None = None  # head on the mean token, else class token (MAE)
 
 
 @dataclass(frozen=True)
@@ -302,12 +302,12 @@ class FinetuneConfig(RunConfig, MethodConfig):
     epochs: Count = 100  # passes over the data (MAE)
     warmup_epochs: Amount = 5.0  # linear warm-up (MAE)
     blr: Amount = 5e-4  # learning rate per 256 images (MAE)
-    min_lr: Amount = 1e-6  # end of the cosine, of the head's rate (MAE)
+    min_lr: Amount = 1e-6  # end of the cosine, before layer decay (MAE)
     weight_decay: Amount = 0.05  # AdamW (MAE)
     clip_grad: Amount | None = None  # largest gradient norm; none = any (MAE)
     layer_decay: Share = 0.65  # learning rate factor from layer to layer (MAE)
     pool_lr: Literal["block", "full"] = "block"  # as the block before (released ViTDet) or 1 (ours)
-    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # depth of the last block (MAE)
+    drop_path: Annotated[float, (0.0, 0.99999)] = 0.1  # stochastic depth, last block (MAE)
     crop_min: Annotated[float, (0.001, 1.0)] = 0.08  # smallest crop, share of the image (MAE)
     mixup: Amount = 0.8  # Beta parameter, 0 = off (MAE)
     cutmix: Amount = 1.0  # Beta parameter, 0 = off (MAE)
@@ -366,7 +366,7 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
                          (config.decoder_dim, config.decoder_num_heads)):
         if width % heads or width % 4:
             raise InputError(f"a width of {width} is no multiple of {heads} heads and of 4")
-    check_size(config.input_size, config.unit)
+    check_size(config.input_size, config.stride)
     return config
 
 
@@ -605,8 +605,8 @@ class HPViT(nn.Module):
         and norm, and (h, w) of the map that they are, after a class token if there is one."""
         config, lead, found, count = self.config, int(self.config.cls_token), [], 0
         height, width = images.shape[-2:]
-        if height % config.unit or width % config.unit:
-            raise ValueError(f"images of {height}x{width} px: {config.unit} must divide both sides")
+        if height % (unit := config.stride) or width % unit:
+            raise ValueError(f"images of {height}x{width} px: {unit} must divide both sides")
         shape = (height // config.patch_stride, width // config.patch_stride)
         x = cut_patches(images, config.kernel, config.patch_stride, config.patch_pad)
         x = self.patch_embed(x)
@@ -820,7 +820,7 @@ def identify(file: dict) -> tuple[str, ModelConfig]:
     depth = len([k for k in state if re.fullmatch(r"blocks\.\d+\.norm1\.weight", k)])
     needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.bias")
     if any(k not in state for k in needed):
-        raise ValueError("it holds no ViT (pos_embed, patch_embed.proj.weight, blocks.0. ...)")
+        raise ValueError("it holds no ViT (pos_embed, patch_embed.proj.weight, ...)")
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     found = {"embed_dim": dim, "depth": depth, "cls_token": "cls_token" in state,
              "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / dim}
@@ -1324,7 +1324,7 @@ def tuning_groups(model: HPViTClassifier, cfg: FinetuneConfig) -> list[dict]:
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
-    """Train a classifier on train/<class>/, test it on val/<class>/; returns the last record."""
+    """Train a classifier on train/<class>/, test on val/<class>/; ten steps without --data_path."""
     process = setup_process(cfg.device, cfg.dtype)
     file = data.read_checkpoint(cfg.weights, SCRIPT) if cfg.weights else None
     name, config = choose_config(cfg, file)
@@ -1399,7 +1399,7 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     file = data.read_checkpoint(cfg.weights, SCRIPT)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
     state, size = file["model"], cfg.input_size or config.input_size
-    check_size(size, config.patch_size if whole else config.unit)
+    check_size(size, config.patch_size if whole else config.stride)
     if not whole:  # is a class token cut off from its map?
         model_config(config, input_size=max(np.atleast_1d(size).tolist()))
     make = partial(MAE if whole else HPViT, config)

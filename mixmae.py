@@ -118,11 +118,12 @@ Pixels = Annotated[int, (1, 4096)] | tuple[int, int]  # a side, or 224x320: heig
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SCRIPT = Path(__file__).stem
 UNDECAYED = (".bias",)  # ends of names without weight decay, beside vectors
+LAYER_NORM_EPS = 1e-5  # of every LayerNorm (released)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture only, checked by `model_config`; stored in every checkpoint."""
+    """Architecture only; stored in every checkpoint."""
     input_size: Annotated[int, (1, 4096)] = 224
     patch_size: Annotated[int, (1, 64)] = 4
     embed_dim: Annotated[int, (1, 4096)] = 128
@@ -228,7 +229,7 @@ class FileConfig:
 @dataclass(frozen=True)
 class MethodConfig:
     """What MixMAE lets one change of the network; None = as the file or the model has it."""
-    window_size: tuple[Count, ...] | None = None  # one a stage, as 14,14,14,7; none = as is (paper)
+    window_size: tuple[Count, ...] | None = None  # tokens a side, one a stage: 14,14,14,7 (paper)
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ class FinetuneConfig(RunConfig, MethodConfig):
 @dataclass(frozen=True)
 class UseConfig(FileConfig, MethodConfig):
     """What the commands that do not train need."""
-    naming: Literal["official", "swin", "timm"] = "official"  # export: whose names (ours)
+    naming: Literal["official", "swin", "timm"] = "official"  # export: whose parameter names (ours)
     mask_ratio: Share | None = None  # reconstruct: none = the file's, else 0.5 (ours)
     norm_pix_loss: bool | None = None  # reconstruct: as in pre-training; none = the file's (ours)
 
@@ -457,9 +458,6 @@ def to_device(plan: object, device: torch.device) -> object:
 
 # ── layers ────────────────────────────────────────────────────────────────────────────
 
-EPS = 1e-5  # of every LayerNorm (released)
-
-
 def drop_path(x: Tensor, probability: float) -> Tensor:
     """Drop the branch of whole samples and scale the others to keep the mean (training only)."""
     if probability == 0.0:
@@ -581,9 +579,9 @@ class MixStage(nn.Module):
         attention = partial(
             MixedWindowAttention, dim, heads, config.window(stage), config.qkv_bias)
         self.blocks = nn.ModuleList(
-            Block(dim, attention(), config.mlp_ratio, EPS, rate) for rate in drop_paths)
+            Block(dim, attention(), config.mlp_ratio, LAYER_NORM_EPS, rate) for rate in drop_paths)
         last = stage == len(config.depths) - 1
-        self.downsample = nn.Identity() if last else PatchMerging(dim, EPS)
+        self.downsample = nn.Identity() if last else PatchMerging(dim, LAYER_NORM_EPS)
 
     def forward(self, x: Tensor, spans: list[Span], recompute: bool) -> Tensor:
         """(B, N, C) -> (B, N, C), before merging; `recompute` keeps no activations for later."""
@@ -605,12 +603,12 @@ class MixEncoder(nn.Module):
         self.strides = [config.patch_size * 2**i for i in range(len(config.depths))]
         self.register_buffer("absolute_pos_embed",
                              sincos_embedding(config.embed_dim, config.side(0)))
-        self.patch_embed = PatchEmbed(config.patch_size, config.embed_dim, EPS)
+        self.patch_embed = PatchEmbed(config.patch_size, config.embed_dim, LAYER_NORM_EPS)
         rates = iter(np.linspace(0, drop_path, sum(config.depths)).tolist())
         self.layers = nn.ModuleList(
             MixStage(config, stage, [next(rates) for _ in range(depth)])
             for stage, depth in enumerate(config.depths))
-        self.norm = nn.LayerNorm(self.channels[-1], EPS)
+        self.norm = nn.LayerNorm(self.channels[-1], LAYER_NORM_EPS)
         self.dense_plans: dict[tuple, MixPlan] = {}
         self.grad_checkpoint = False
         self.apply(init_linear)
@@ -725,9 +723,9 @@ class MixMAE(MixEncoder):
         self.register_buffer("decoder_pos_embed", sincos_embedding(dim, config.units))
         self.decoder_embed = nn.Linear(self.channels[-1], dim)
         self.decoder_blocks = nn.ModuleList(
-            Block(dim, Attention(dim, config.decoder_num_heads), config.mlp_ratio, EPS)
+            Block(dim, Attention(dim, config.decoder_num_heads), config.mlp_ratio, LAYER_NORM_EPS)
             for _ in range(config.decoder_depth))
-        self.decoder_norm = nn.LayerNorm(dim, EPS)
+        self.decoder_norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(dim, config.mask_unit**2 * 3)
         self.apply(init_linear)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -784,14 +782,14 @@ def identify(file: dict) -> tuple[str, ModelConfig]:
         config = ModelConfig(**{k: fit(hint, args["config"][k]) for k, hint in hints.items()})
         table = state.get("absolute_pos_embed")
         if table is not None and table.shape[1:2] != (config.side(0) ** 2,):  # else it is stretched
-            raise ValueError(f"its args say {config.input_size} px, its tables do not")
+            raise ValueError(f"its args say input_size {config.input_size}, its weights do not")
         return known_model(str(args["model"])), model_config(config)
     table = "layers.{}.blocks.{}.attn.relative_position_bias_table"
     counts = [sum(table.format(i, j) in state for j in range(99)) for i in range(8)]
     depths = tuple(filter(None, counts))
     needed = ("absolute_pos_embed", "patch_embed.proj.weight", "layers.0.blocks.0.mlp.fc1.bias")
     if not depths or any(k not in state for k in needed):
-        raise ValueError("it holds no MixMIM encoder (absolute_pos_embed, layers.0.blocks.0...)")
+        raise ValueError("it holds no MixMIM encoder (absolute_pos_embed, layers.0.blocks.0, ...)")
     tables = [state[table.format(i, 0)] for i in range(len(depths))]
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     found = {"input_size": math.isqrt(state["absolute_pos_embed"].shape[1]) * patch,
@@ -875,7 +873,7 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
     if fresh:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)  # released, after a pre-training
     model.load_state_dict(state, strict=False)
-    return model, f"loaded {path}: {', '.join(notes) or 'all weights as they are'}"
+    return model, f"loaded {path}: {'; '.join(notes) or 'all weights as they are'}"
 
 
 def export_state(model: MixEncoder, naming: str) -> dict[str, Tensor]:
@@ -1303,7 +1301,7 @@ def accuracy(model: nn.Module, process: Process, source: data.ImageFiles, crop: 
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
-    """Train a classifier on train/<class>/, test it on val/<class>/; returns the last record."""
+    """Train a classifier on train/<class>/, test on val/<class>/; ten steps without --data_path."""
     process = setup_process(cfg.device, cfg.dtype)
     file = data.read_checkpoint(cfg.weights, SCRIPT) if cfg.weights else None
     name, config = choose_config(cfg, file)
@@ -1327,7 +1325,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     torch.manual_seed(cfg.seed)
     make = partial(MixClassifier, config, outputs, cfg.drop_path)
     model, said = load_weights(make, cfg.weights, file, fresh_head=True)
-    process.say(said and f"{said}; {config.input_size} px, windows {config.window_size}")
+    process.say(said and f"{said}; {side} px, windows {config.window_size}")
     if cfg.linear_probe:
         model.requires_grad_(False).head.requires_grad_(True)
     model.grad_checkpoint = cfg.grad_checkpoint

@@ -228,7 +228,7 @@ def check_blocks(
     attn = [i for name, i in wanted.items() if "logits" in name]
     hidden = [i for name, i in wanted.items() if "hidden" in name]
     ends = [i + 1 for name, i in wanted.items() if "block" in name]
-    shape = (config.input_size // config.stride,) * 2
+    shape = (config.input_size // config.patch_stride,) * 2
     with torch.no_grad():
         x = encoder.embed(seen, shape, plan.keep)
         outputs, logits, states = distill_lite.trace(encoder, x, ends, attn, hidden)
@@ -647,7 +647,7 @@ def test_hidden_pixels_are_not_seen(config: ModelConfig, there: ModelConfig | No
     """Neither by the student nor by its teacher."""
     model, images, plan = build(config, there), pictures(config), drawn(config)
     mask = torch.zeros(2, 1, config.units**2).scatter(2, plan.hidden[:, None], 1.0)
-    mask = F.interpolate(mask.view(2, 1, config.units, -1), scale_factor=float(config.unit))
+    mask = F.interpolate(mask.view(2, 1, config.units, -1), scale_factor=float(config.mask_unit))
     changed = images + mask * torch.randn_like(images)
     found = []
     for x in (images, changed):
@@ -844,11 +844,11 @@ def test_a_hiera_teacher_is_asked_for_global_attention() -> None:
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
-    ({"decode_depth": 2}, "--decode_depth is of no use without --distill decoupled"),
-    ({"attn_weight": 2.0}, "--attn_weight is of no use without --distill attention"),
-    ({"attn_adapter": False}, "--attn_adapter is of no use"),
-    ({"hidden_weight": 2.0}, "--hidden_weight is of no use without --hidden_layers"),
-    ({"hidden_adapter": False}, "--hidden_adapter is of no use without --hidden_layers"),
+    ({"decode_depth": 2}, "--decode_depth needs --distill decoupled"),
+    ({"attn_weight": 2.0}, "--attn_weight needs --distill attention or decoupled"),
+    ({"attn_adapter": False}, "--attn_adapter needs --distill attention or decoupled"),
+    ({"hidden_weight": 2.0}, "--hidden_weight needs --hidden_layers"),
+    ({"hidden_adapter": False}, "--hidden_adapter needs --hidden_layers"),
 ])  # fmt: skip
 def test_flags_of_no_use_are_refused(flags: dict, wanted: str) -> None:
     with pytest.raises(InputError, match=wanted):
@@ -1292,7 +1292,7 @@ def test_loss_by_hand(config: ModelConfig, normalised: bool) -> None:
     config = replace(config, norm_pix_loss=normalised)
     model, images, plan = build(config).model, pictures(config), drawn(config)
     loss, prediction = model(images, plan)
-    side, total, number = config.unit // 16, 0.0, 0
+    side, total, number = config.mask_unit // 16, 0.0, 0
     for i in range(2):
         number = 0
         for unit in plan.hidden[i].tolist():

@@ -983,7 +983,7 @@ def test_every_parameter_of_pretraining_learns() -> None:
 def test_maps_of_any_size(name: str) -> None:
     """Finite, of the right shapes; of one image what they are of that image among others."""
     model = classifier(network(name))
-    unit = model.config.unit
+    unit = model.config.stride
     for height, width in ((64, 64), (4 * unit, 7 * unit), (unit, 2 * unit)):
         images = torch.randn(3, 3, height, width)
         with torch.no_grad():

@@ -244,7 +244,7 @@ def check_takeover(fixture: Fixture, config: ModelConfig, classes: int, folder: 
     changed = {k: [list(there[k].shape), list(v.shape)] for k, v in here.items()
                if k in there and there[k].shape != v.shape}  # fmt: skip
     assert changed == fixture.told("interpolated", changed)
-    assert f"{len(changed)} position tables interpolated, the head starts fresh" in said
+    assert f"{len(changed)} position tables interpolated; the head starts fresh" in said
     missing = set(here) - set(there)
     assert missing == set(fixture.told("missing_keys", missing))
     assert fixture.told("missing_index_buffers", sum(config.depths)) == sum(config.depths)

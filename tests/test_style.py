@@ -56,11 +56,11 @@ METHOD_FIRST = ("config", "masking", "decoder and target", "model", "layers", "e
 # Names that stand for something else in each script; every other shared name is one source.
 DIFFERENT = {
     # what the network is, and its recipes
-    "ModelConfig", "TINY", "NARROW", "DEMO", "TEST", "MODELS", "OTHER_NAMES", "RECIPES",
+    "ModelConfig", "MODELS", "OTHER_NAMES", "RECIPES",
     "MethodConfig", "PretrainConfig", "FinetuneConfig", "UseConfig", "model_config",
     # its files
-    "INDEX_BUFFERS", "identify", "swin_names", "load_weights", "export_state",
-    "UNDECAYED", "layer_id",
+    "identify", "load_weights", "export_state",
+    "UNDECAYED", "LAYER_NORM_EPS", "layer_id",
     # what trains and uses it
     "pretrain", "finetune", "open_model", "load_backbone", "embed", "reconstruct",
     "draw_reconstructions", "export", "demo", "COMMANDS",
