@@ -371,7 +371,7 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     config = replace(base, **{k: v for k, v in changes.items() if v is not None})
     vit, depth = config.kind == "vit", sum(config.depths)
     if isinstance(config.input_size, tuple):
-        raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
+        raise InputError(f"--input_size {data.sides(config.input_size)}: here images are square")
     check_size(config.input_size, config.mask_unit)
     for width, heads in ((config.embed_dim, config.num_heads),
                          (config.decoder_dim, config.decoder_num_heads)):
@@ -439,8 +439,8 @@ def check_size(size: Pixels, unit: int) -> None:
     for side in size if isinstance(size, tuple) else (size,):
         low = max(2, side // unit) * unit
         if side % unit or side < low:
-            raise InputError(f"--input_size {size} does not fit: a side must be a multiple of "
-                             f"{unit}, the nearest are {low} and {low + unit}")
+            raise InputError(f"--input_size {data.sides(size)} does not fit: a side must be a "
+                             f"multiple of {unit}, the nearest are {low} and {low + unit}")
 
 
 # ── masking ───────────────────────────────────────────────────────────────────────────
@@ -1932,7 +1932,7 @@ def open_model(cfg: UseConfig | AnalyseConfig, whole: bool = False, head: bool =
         make = partial(LiteViT if config.kind == "vit" else LiteHiera, config)
     model, said = load_weights(make, cfg.weights, file)
     other = ", positions stretched" if size != config.input_size else ""
-    process.say(f"{said}; {name}, {size} px, {config.num_heads} heads{other}")
+    process.say(f"{said}; {name}, {data.sides(size)} px, {config.num_heads} heads{other}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "timm")
 
 

@@ -366,7 +366,7 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     config = replace(base, **changes)
     stages = len(config.depths)
     if isinstance(config.input_size, tuple):
-        raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
+        raise InputError(f"--input_size {data.sides(config.input_size)}: here images are square")
     check_size(config.input_size, config.stride)
     for name in ("embed_dims", "num_heads", "mlp_ratios", "sr_ratios", "pretrain_heads"):
         value = getattr(config, name)
@@ -425,8 +425,8 @@ def check_size(size: Pixels, unit: int) -> None:
     for side in size if isinstance(size, tuple) else (size,):
         low = max(2, side // unit) * unit
         if side % unit or side < low:
-            raise InputError(f"--input_size {size} does not fit: a side must be a multiple of "
-                             f"{unit}, the nearest are {low} and {low + unit}")
+            raise InputError(f"--input_size {data.sides(size)} does not fit: a side must be a "
+                             f"multiple of {unit}, the nearest are {low} and {low + unit}")
 
 
 # ── masking ───────────────────────────────────────────────────────────────────────────
@@ -2109,8 +2109,8 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     model, said = load_weights(make, cfg.weights, file)
     if outputs and not head:
         model.head = nn.Identity()
-    shown = "x".join(map(str, size if isinstance(size, tuple) else (size,)))
-    process.say(f"{said}; {name}, {shown} px{in_words(pretraining(config) if whole else config)}")
+    shown = in_words(pretraining(config) if whole else config)
+    process.say(f"{said}; {name}, {data.sides(size)} px{shown}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
 
 

@@ -290,7 +290,7 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     """`base` with `changes` (None = keep); checks that all fit together."""
     config = replace(base, **{k: v for k, v in changes.items() if v is not None})
     if isinstance(config.input_size, tuple):
-        raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
+        raise InputError(f"--input_size {data.sides(config.input_size)}: here images are square")
     check_size(config.input_size, config.mask_unit)
     tokens = config.input_size // config.patch_size
     if config.window_size > tokens:
@@ -303,8 +303,8 @@ def check_size(size: Pixels, unit: int) -> None:
     for side in size if isinstance(size, tuple) else (size,):
         low = max(2, side // unit) * unit
         if side % unit or side < low:
-            raise InputError(f"--input_size {size} does not fit: a side must be a multiple of "
-                             f"{unit}, the nearest are {low} and {low + unit}")
+            raise InputError(f"--input_size {data.sides(size)} does not fit: a side must be a "
+                             f"multiple of {unit}, the nearest are {low} and {low + unit}")
 
 
 # ── masking ───────────────────────────────────────────────────────────────────────────
@@ -1289,7 +1289,8 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     process = process or setup_process(cfg.device, cfg.dtype)
     file = data.read_checkpoint(cfg.weights, SCRIPT)
     name, config = choose_config(cfg if whole else replace(cfg, input_size=None), file)
-    weight = swin_names(file["model"]).get("head.weight")
+    weight, size = swin_names(file["model"]).get("head.weight"), cfg.input_size or config.input_size
+    check_size(size, config.mask_unit)
     with data.blaming(cfg.weights):
         # Whoever has had a head was trained with its eps.
         encoder = partial(SwinEncoder, config, 1e-6 if weight is None else 1e-5)
@@ -1297,9 +1298,7 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
         if weight is not None and head and not whole:
             make = partial(SwinClassifier, config, len(weight))
     model, said = load_weights(make, cfg.weights, file, cfg.release)
-    size = cfg.input_size or config.input_size
-    check_size(size, config.mask_unit)
-    process.say(f"{said}; {name}, {size} px, window {config.window_size}")
+    process.say(f"{said}; {name}, {data.sides(size)} px, window {config.window_size}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size)
 
 

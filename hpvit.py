@@ -339,7 +339,7 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     config = replace(base, **{k: v for k, v in changes.items() if v is not None})
     kernel, stride = config.kernel, config.patch_stride
     if isinstance(config.input_size, tuple):
-        raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
+        raise InputError(f"--input_size {data.sides(config.input_size)}: here images are square")
     if sum(config.depths) != config.depth:
         raise InputError(f"--depths {config.depths} are {sum(config.depths)} blocks, the network "
                          f"has {config.depth}")
@@ -375,8 +375,8 @@ def check_size(size: Pixels, unit: int) -> None:
     for side in size if isinstance(size, tuple) else (size,):
         low = max(2, side // unit) * unit
         if side % unit or side < low:
-            raise InputError(f"--input_size {size} does not fit: a side must be a multiple of "
-                             f"{unit}, the nearest are {low} and {low + unit}")
+            raise InputError(f"--input_size {data.sides(size)} does not fit: a side must be a "
+                             f"multiple of {unit}, the nearest are {low} and {low + unit}")
 
 
 # ── masking ───────────────────────────────────────────────────────────────────────────
@@ -1307,9 +1307,9 @@ def accuracy(model: nn.Module, process: Process, source: data.ImageFiles, crop: 
 def describe(config: ModelConfig) -> str:
     """Its shape in words."""
     if config.plain:
-        return f"{config.input_size} px, a plain ViT"
-    return (f"{config.input_size} px, a token every {config.patch_stride} px, blocks "
-            f"{config.depths}, windows {config.windows}")
+        return f"{data.sides(config.input_size)} px, a plain ViT"
+    return (f"{data.sides(config.input_size)} px, a token every {config.patch_stride} px, "
+            f"blocks {config.depths}, windows {config.windows}")
 
 
 def tuning_groups(model: HPViTClassifier, cfg: FinetuneConfig) -> list[dict]:

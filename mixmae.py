@@ -295,7 +295,7 @@ def model_config(base: ModelConfig, **changes: object) -> ModelConfig:
     """`base` with `changes` (None = keep); checks that all fit together."""
     config = replace(base, **{k: v for k, v in changes.items() if v is not None})
     if isinstance(config.input_size, tuple):
-        raise InputError(f"--input_size {config.input_size}: here images are square, give one side")
+        raise InputError(f"--input_size {data.sides(config.input_size)}: here images are square")
     check_size(config.input_size, config.mask_unit)
     widths = [config.embed_dim * 2**i for i in range(len(config.depths))] + [config.decoder_dim]
     heads = [*config.num_heads, config.decoder_num_heads]
@@ -336,8 +336,8 @@ def check_size(size: Pixels, unit: int) -> None:
     for side in size if isinstance(size, tuple) else (size,):
         low = max(2, side // unit) * unit
         if side % unit or side < low:
-            raise InputError(f"--input_size {size} does not fit: a side must be a multiple of "
-                             f"{unit}, the nearest are {low} and {low + unit}")
+            raise InputError(f"--input_size {data.sides(size)} does not fit: a side must be a "
+                             f"multiple of {unit}, the nearest are {low} and {low + unit}")
 
 
 # ── masking ───────────────────────────────────────────────────────────────────────────
@@ -1380,16 +1380,15 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     # Without new windows the network stays that of its file, which takes images of any size.
     keep = whole or (cfg.window_size and isinstance(cfg.input_size, int))
     name, config = choose_config(cfg if keep else replace(cfg, input_size=None), file)
-    weight = official_names(file["model"]).get("head.weight")
+    state, size = official_names(file["model"]), cfg.input_size or config.input_size
+    check_size(size, config.mask_unit)
     with data.blaming(cfg.weights):
         make = partial(MixMAE if whole else MixEncoder, config)
-        if weight is not None and head and not whole:
-            make = partial(MixClassifier, config, len(weight))
+        if "head.weight" in state and head and not whole:
+            make = partial(MixClassifier, config, len(state["head.weight"]))
     model, said = load_weights(make, cfg.weights, file)
-    size = cfg.input_size or config.input_size
-    check_size(size, config.mask_unit)
     other = ", positions stretched, windows cut at the border" if size != config.input_size else ""
-    process.say(f"{said}; {name}, {size} px, windows {config.window_size}{other}")
+    process.say(f"{said}; {name}, {data.sides(size)} px, windows {config.window_size}{other}")
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
 
 

@@ -492,6 +492,11 @@ def open_source(data_path: str, split: str = "") -> ImageFiles:
     return find_labelled(data_path, split) if split else find_images(data_path)
 
 
+def sides(size: int | Size) -> str:
+    """A size as a flag has it: 224, or 224x320, height and width."""
+    return "x".join(map(str, size if isinstance(size, tuple) else (size,)))
+
+
 def check_classes(trained: Sequence[str], tested: Sequence[str], outputs: int) -> None:
     """InputError unless labels of both mean the same and the model has enough outputs."""
     if len(trained) > outputs:

@@ -700,7 +700,7 @@ BAD_INPUT = {
     "word for a number": ("--data_path {d} --seed one", "--seed one"),
     "size": ("--data_path {d} --input_size 100", "100 96 112"),
     "size, finetune": (TUNE + " --input_size 60", "60 48 64"),
-    "size not square": ("--data_path {d} --input_size 64x96", "--input_size square"),
+    "size not square": ("--data_path {d} --input_size 64x96", "--input_size 64x96 square"),
     "size of three": ("--data_path {d} --input_size 64x96x3", "--input_size"),
     "window too large": ("--data_path {d} --window_size 17", "--window_size 17 16"),
     "window zero": ("--data_path {d} --window_size 0", "--window_size 0"),
@@ -818,7 +818,7 @@ BAD_USE = {
     "export naming": ("export --weights {f}/best.pth --naming mmseg", "--naming timm official"),
     "export unsafe": ("export --weights {b}/unsafe.pth", "unsafe.pth"),
     "use size": ("evaluate --weights {f}/best.pth --data_path {d} --input_size 70", "70 64 80"),
-    "use size of two": ("features --input_size 64x70" + WEIGHTS, "64 70 80"),
+    "use size of two": ("features --input_size 64x70" + WEIGHTS, "64x70 64 80"),
     "use dtype": ("evaluate --weights {f}/best.pth --data_path {d} --dtype int8", "--dtype int8"),
     "use meta": ("features --device meta" + WEIGHTS, "--device meta"),
 }  # fmt: skip
