@@ -1937,8 +1937,8 @@ def open_model(cfg: UseConfig | AnalyseConfig, whole: bool = False, head: bool =
 
 
 def load_backbone(path: str | Path, **flags: object) -> nn.Module:
-    """Encoder with the weights of any file that this script reads, and `flags` as of `features`
-    (num_heads=12, where shapes do not tell): .maps, .channels, .strides."""
+    """Encoder with the weights of any file that this script reads, and `flags` as of `features`,
+    for what a file does not tell: .maps, .channels, .strides."""
     alone = Process(0, 1, torch.device("cpu"), torch.float32)  # the program around it is not ours
     cfg = configure("features", weights=str(path), **flags)
     return open_model(cfg, head=False, process=alone)[1]

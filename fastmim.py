@@ -1231,13 +1231,12 @@ INDEX_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table"
 FAMILIES = {  # a weight that only files of this family have, without the prefix of pre-training
     "cmt": "stem_conv1.weight", "pvtv2": "block1.0.norm1.weight",
     "swin": "layers.0.blocks.0.norm1.weight", "vit": "blocks.0.norm1.weight"}
-OWN_NAMES = ("mask_token", "decoder_")  # beginnings of what is no part of an encoder
 
 
 def encoder_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Encoder, and head if there is one, as a classifier names them; no buffers worked out here."""
     return {k.removeprefix("encoder."): v for k, v in state.items()
-            if not k.startswith(OWN_NAMES) and not k.endswith(INDEX_BUFFERS)}
+            if not k.startswith(("decoder_", "mask_token")) and not k.endswith(INDEX_BUFFERS)}
 
 
 def identify(file: dict) -> tuple[str, ModelConfig]:
@@ -2114,10 +2113,12 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size, "mae")
 
 
-def load_backbone(path: str | Path) -> nn.Module:
-    """Encoder with the weights of any file that this script reads: .maps, .channels, .strides."""
+def load_backbone(path: str | Path, **flags: object) -> nn.Module:
+    """Encoder with the weights of any file that this script reads, and `flags` as of `features`,
+    for what a file does not tell: .maps, .channels, .strides."""
     alone = Process(0, 1, torch.device("cpu"), torch.float32)  # the program around it is not ours
-    return open_model(UseConfig(weights=str(path)), head=False, process=alone)[1]
+    cfg = configure("features", weights=str(path), **flags)
+    return open_model(cfg, head=False, process=alone)[1]
 
 
 @torch.no_grad()

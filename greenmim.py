@@ -1302,10 +1302,12 @@ def open_model(cfg: UseConfig, whole: bool = False, head: bool = True,
     return process, model.to(process.device).eval(), file["args"], data.EvalCrop(size)
 
 
-def load_backbone(path: str | Path) -> nn.Module:
-    """Encoder with the weights of any file that this script reads: .maps, .channels, .strides."""
+def load_backbone(path: str | Path, **flags: object) -> nn.Module:
+    """Encoder with the weights of any file that this script reads, and `flags` as of `features`,
+    for what a file does not tell: .maps, .channels, .strides."""
     alone = Process(0, 1, torch.device("cpu"), torch.float32)  # the program around it is not ours
-    return open_model(UseConfig(weights=str(path)), head=False, process=alone)[1]
+    cfg = configure("features", weights=str(path), **flags)
+    return open_model(cfg, head=False, process=alone)[1]
 
 
 @torch.no_grad()

@@ -307,6 +307,10 @@ def test_every_command(
     with pytest.MonkeyPatch.context() as patch:  # the program around a backbone is left alone
         patch.setattr(script, "setup_process", None)
         encoder = script.load_backbone(tmp_path / "a" / "backbone.pth")
+        same = script.load_backbone(tmp_path / "a" / "backbone.pth", model="test")
+        with pytest.raises(InputError, match="features has no --colour"):
+            script.load_backbone(tmp_path / "a" / "backbone.pth", colour="blue")
+    assert equal(same.state_dict(), encoder.state_dict()) and str(same) == str(encoder)
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         encoder.maps(images)
