@@ -1,4 +1,4 @@
-"""Augmentation for fine-tuning: RandAugment, colour jitter, random erasing, mixup and cutmix.
+"""Augmentation for fine-tuning: RandAugment, random erasing, mixup and cutmix.
 
     image = RandAugment("rand-m9-mstd0.5-inc1")(image, rng)         # PIL, after crop and flip
     images = random_erase(images, rng)                              # normalised (B, 3, H, W)
@@ -115,22 +115,6 @@ class RandAugment:
     def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
         for name, argument in self.draw(rng):
             image = apply_operation(image, name, argument, self.resample)
-        return image
-
-
-@dataclass(frozen=True)
-class ColorJitter:
-    """Three enhancements in random order, each by a factor uniform in [max(0, 1 - x), 1 + x]."""
-
-    brightness: float
-    contrast: float
-    saturation: float
-
-    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
-        names = ("BrightnessIncreasing", "ContrastIncreasing", "ColorIncreasing")
-        for k in rng.permutation(3):
-            x = (self.brightness, self.contrast, self.saturation)[k]
-            image = apply_operation(image, names[k], rng.uniform(max(0.0, 1 - x), 1 + x))
         return image
 
 

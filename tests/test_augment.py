@@ -316,7 +316,7 @@ def test_golden_augment(path: Path, check: Callable[[dict, dict], None]) -> None
     check(json.loads(str(arrays.pop("meta"))), arrays)
 
 
-# ── RandAugment and colour jitter ─────────────────────────────────────────────────────────
+# ── RandAugment ───────────────────────────────────────────────────────────────────────────
 
 
 def picture(height: int = 40, width: int = 56) -> Image.Image:
@@ -407,34 +407,6 @@ def test_translation_moves_the_image_and_uncovers_the_fill_colour() -> None:
     np.testing.assert_array_equal(np.asarray(moved)[:, 30:], np.full((40, 10, 3), fill))
     moved = augment.apply_operation(picture(40, 40), "TranslateYRel", -0.25, "bilinear", fill)
     np.testing.assert_array_equal(np.asarray(moved)[10:], pixels[:30])
-
-
-def test_colour_jitter_draws_factors_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(augment, "apply_operation", lambda image, *call: calls.append(call))
-    jitter = augment.ColorJitter(brightness=0.4, contrast=1.5, saturation=0.0)
-    rng = np.random.default_rng(6)
-    for _ in range(3000):
-        jitter(None, rng)
-    orders = Counter(tuple(name for name, _ in calls[k : k + 3]) for k in range(0, 9000, 3))
-    assert len(orders) == 6 and min(orders.values()) > 400
-    limits = {
-        "BrightnessIncreasing": (0.6, 1.4),
-        "ContrastIncreasing": (0.0, 2.5),
-        "ColorIncreasing": (1.0, 1.0),
-    }
-    for name, (low, high) in limits.items():
-        factors = np.array([factor for called, factor in calls if called == name])
-        assert len(factors) == 3000 and low <= factors.min() and factors.max() <= high
-        assert factors.mean() == pytest.approx((low + high) / 2, abs=0.05)
-        assert np.ptp(factors) >= 0.99 * (high - low)
-
-
-def test_colour_jitter_of_nothing_keeps_the_image() -> None:
-    jitter = pickle.loads(pickle.dumps(augment.ColorJitter(0.0, 0.0, 0.0)))
-    assert jitter(picture(), np.random.default_rng(0)) == picture()
-    strong = augment.ColorJitter(0.9, 0.0, 0.0)(picture(), np.random.default_rng(0))
-    assert strong != picture() and strong.size == picture().size
 
 
 # ── random erasing ────────────────────────────────────────────────────────────────────────
