@@ -67,6 +67,7 @@ Usage:
         --weights output/distill_lite/pretrain/backbone.pth             (also --recipe rpe)
     python distill_lite.py analyse --weights a.pth --other b.pth --data_path /images
     python distill_lite.py {evaluate,reconstruct,export,features} --help
+Feature maps for dense heads: `maps = load_backbone(FILE).maps(images)`, of any height and width.
 To copy: this file and `common/`. The method alone: `ModelConfig`, and from "masking" to "model".
 """
 

@@ -57,6 +57,7 @@ Usage:
     torchrun --nproc_per_node 8 greenmim.py finetune --data_path /imagenet \
         --weights output/greenmim/pretrain/backbone.pth
     python greenmim.py {evaluate,reconstruct,export,features} --help
+Feature maps for dense heads: `maps = load_backbone(FILE).maps(images)`, of any height and width.
 To copy: this file and `common/`. The method alone: `ModelConfig`, and from "masking" to "model".
 """
 

@@ -1579,8 +1579,8 @@ def demo(cfg: UseConfig) -> dict:
     """Pre-train a small plain model on built-in images; fine-tune it as a hierarchical one, as a
     plain one, and a hierarchical twin from scratch."""
     began, output = time.monotonic(), Path(cfg.output or f"output/{SCRIPT}/demo")
-    both = {"seed": cfg.seed, "device": cfg.device, "num_workers": 1,
-            "resume": "none", "crop_min": 0.6, "log_every": 1000}
+    both = {"seed": cfg.seed, "device": cfg.device, "num_workers": 1, "resume": "none",
+            "crop_min": 0.6, "log_every": 1000}
     process = setup_process(cfg.device, "auto")
     torch.manual_seed(cfg.seed)
     # The twin starts where pre-training starts, so that only pre-training tells them apart.

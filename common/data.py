@@ -482,7 +482,7 @@ class DrawnImages(ImageFiles):
 def open_source(data_path: str, split: str = "") -> ImageFiles:
     """Images of a path, labelled ones of a split; "drawn:N" stands for N built-in images."""
     if not data_path:
-        raise InputError("give --data_path")
+        raise InputError("give --data_path FOLDER")
     if data_path.startswith("drawn:"):
         number = data_path.removeprefix("drawn:")
         # The length first: int() refuses thousands of digits with an error of its own.
