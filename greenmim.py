@@ -527,7 +527,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks that alternate between the plain and the shifted plan, then merging."""
+    """Blocks that alternate between the plain and the shifted plan, and the merging after them."""
 
     def __init__(self, config: ModelConfig, stage: int, eps: float, rates: list[float]) -> None:
         super().__init__()

@@ -574,13 +574,13 @@ class PatchMerging(nn.Module):
 class MixStage(nn.Module):
     """Blocks that attend in the same windows, and the merging after them."""
 
-    def __init__(self, config: ModelConfig, stage: int, drop_paths: Sequence[float]) -> None:
+    def __init__(self, config: ModelConfig, stage: int, rates: list[float]) -> None:
         super().__init__()
         dim, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         attention = partial(
             MixedWindowAttention, dim, heads, config.window(stage), config.qkv_bias)
         self.blocks = nn.ModuleList(
-            Block(dim, attention(), config.mlp_ratio, LAYER_NORM_EPS, rate) for rate in drop_paths)
+            Block(dim, attention(), config.mlp_ratio, LAYER_NORM_EPS, rate) for rate in rates)
         last = stage == len(config.depths) - 1
         self.downsample = nn.Identity() if last else PatchMerging(dim, LAYER_NORM_EPS)
 
