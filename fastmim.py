@@ -1966,7 +1966,7 @@ def pretrain_phase(cfg: PretrainConfig, process: Process, file: dict | None, pha
         due = (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == phase.end
         if due and cfg.output_dir and process.rank == 0:
             output, view = Path(cfg.output_dir), data.EvalCrop(side, "mae")
-            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8))
+            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8, few=8))
             shown = draw_blocks(config, cfg.mask_ratio, len(pixels), (cfg.seed,))
             picture, _ = draw_reconstructions(model, pixels, shown)
             data.save_picture(picture, output / f"reconstruction-{epoch}.png")
@@ -2220,7 +2220,7 @@ def reconstruct(cfg: UseConfig) -> dict:
     ratio = ratio if cfg.mask_ratio is None else cfg.mask_ratio
     draw_blocks(model.config, ratio, 1, (cfg.seed,))  # checks the ratio
     source = data.open_source(cfg.data_path)
-    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count))
+    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count, few=cfg.count))
     mask = draw_blocks(model.config, ratio, len(pixels), (cfg.seed,))
     picture, loss = draw_reconstructions(model, pixels, mask)
     if process.rank == 0:

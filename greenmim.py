@@ -1156,7 +1156,7 @@ def pretrain(cfg: PretrainConfig) -> dict:
         due = (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.epochs
         if due and cfg.output_dir and process.rank == 0:
             output, view = Path(cfg.output_dir), data.EvalCrop(config.input_size)
-            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8))
+            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8, few=8))
             picture, _ = draw_reconstructions(model, pixels, shown)
             data.save_picture(picture, output / f"reconstruction-{epoch}.png")
             backbone = {"model": export_state(model.encoder, "official"), "args": args}
@@ -1396,7 +1396,7 @@ def reconstruct(cfg: UseConfig) -> dict:
     ratio = args.get("settings", {}).get("mask_ratio", 0.75)
     ratio = ratio if cfg.mask_ratio is None else cfg.mask_ratio
     plan, source = draw_plan(model.config, ratio, (cfg.seed,)), data.open_source(cfg.data_path)
-    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count))
+    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count, few=cfg.count))
     picture, loss = draw_reconstructions(model, pixels, plan)
     if process.rank == 0:
         data.save_picture(picture, output)

@@ -1252,7 +1252,7 @@ def pretrain(cfg: PretrainConfig) -> dict:
         due = (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.epochs
         if due and cfg.output_dir and process.rank == 0:
             output, view = Path(cfg.output_dir), data.EvalCrop(config.input_size, "mae")
-            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8))
+            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8, few=8))
             shown = draw_shuffle(config, cfg.mask_ratio, len(pixels), (cfg.seed,))
             picture, _ = draw_reconstructions(model, pixels, shown)
             data.save_picture(picture, output / f"reconstruction-{epoch}.png")
@@ -1512,7 +1512,7 @@ def reconstruct(cfg: UseConfig) -> dict:
     ratio = ratio if cfg.mask_ratio is None else cfg.mask_ratio
     draw_shuffle(model.config, ratio, 1, (cfg.seed,))  # checks the ratio
     source = data.open_source(cfg.data_path)
-    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count))
+    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count, few=cfg.count))
     plan = draw_shuffle(model.config, ratio, len(pixels), (cfg.seed,))
     picture, loss = draw_reconstructions(model, pixels, plan)
     if process.rank == 0:

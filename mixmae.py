@@ -890,7 +890,7 @@ def export_state(model: MixEncoder, naming: str) -> dict[str, Tensor]:
         _, (span,) = plan_stage(np.zeros((window, window), np.int64), window)
         for j in range(len(layer.blocks)):
             name = f"layers.{stage}.blocks.{j}.attn.relative_position_index"
-            state[name] = torch.from_numpy(span.index)
+            state[name] = torch.from_numpy(span.index).clone()
     return state
 
 
@@ -1244,7 +1244,7 @@ def pretrain(cfg: PretrainConfig) -> dict:
         due = (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.epochs
         if due and cfg.output_dir and process.rank == 0:
             output, view = Path(cfg.output_dir), data.EvalCrop(config.input_size, "mae")
-            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8))
+            pixels, _, _ = next(data.eval_batches(loader.source, view, batch_size=8, few=8))
             picture, _ = draw_reconstructions(model, pixels, shown)
             data.save_picture(picture, output / f"reconstruction-{epoch}.png")
             backbone = {"model": export_state(model, "official"), "args": args}
@@ -1489,7 +1489,7 @@ def reconstruct(cfg: UseConfig) -> dict:
     ratio = args.get("settings", {}).get("mask_ratio", 0.5)
     ratio = ratio if cfg.mask_ratio is None else cfg.mask_ratio
     plan, source = draw_mix(model.config, ratio, 0.0, (cfg.seed,)), data.open_source(cfg.data_path)
-    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count))
+    pixels, _, _ = next(data.eval_batches(source, crop, batch_size=cfg.count, few=cfg.count))
     picture, loss = draw_reconstructions(model, pixels, plan)
     if process.rank == 0:
         data.save_picture(picture, output)

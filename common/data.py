@@ -515,7 +515,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         top = values.max() if image.mode == "F" else 65535
         scale = 255 if top <= 1 else 1 if top <= 255 else 1 / 256
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Palette images")  # with several transparencies
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop_size(height: int, width: int, area_fraction: float, log_ratio: float) -> Size | None:
@@ -818,10 +820,12 @@ class TrainLoader:
 
 def eval_batches(source: ImageFiles, transform: Transform, *, batch_size: int, rank: int = 0,
                  world_size: int = 1, num_workers: int | None = 0, pin_memory: bool = False,
-                 ) -> Batches:
-    """Images, labels and indices, each image once; those that cannot be read are left out, but
-    InputError if that is all. Reads nothing before the first batch is asked for."""
+                 few: int = 0) -> Batches:
+    """Images, labels and indices, each image once, or only so many `few` from all over the source;
+    those that cannot be read are left out, but InputError if that is all. Reads nothing before the
+    first batch is asked for."""
     mine, bad = range(rank, len(source), world_size), {}
+    mine = mine[:: max(1, len(mine) // few)][:few] if few else mine
     keys = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
     loaded = _Batches(source, transform).load(keys, bad, num_workers, pin_memory)
     with contextlib.closing(loaded):
@@ -879,11 +883,11 @@ def exit_code(work: Callable[[], object]) -> int:
         return code
 
 
-def _shrink(source: str, target: str, short_side: int, quality: int, name: str) -> str:
-    """Write one smaller copy, unless it is there; the reason if the image cannot be read."""
+def _shrink(source: str, target: str, short_side: int, quality: int, name: str) -> str | None:
+    """Write one smaller copy; None if it is there already, the reason if none can be made."""
     source, target = os.path.join(source, name), os.path.join(target, name)
     if os.path.exists(target):
-        return ""
+        return None
     try:
         with ImageFiles([source]).open(0) as image:
             kind, rgb = image.format, to_rgb(image)
@@ -907,28 +911,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=["shrink"])
     parser.add_argument("source", metavar="SRC", type=os.path.realpath)
     parser.add_argument("target", metavar="DST", type=os.path.realpath)
-    parser.add_argument("--short_side", "--short-side", type=int, default=160)
+    parser.add_argument("--short_side", "--short-side", type=int, default=160,
+                        help="pixels [%(default)s]")
     parser.add_argument("--quality", type=int, default=90, help="of JPEG and WebP")
     parser.add_argument("--num_workers", "--num-workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     work = partial(_shrink, args.source, args.target, max(1, args.short_side), args.quality)
-    bad, hidden = 0, sys.stderr is None or not sys.stderr.isatty()
+    bad, old, hidden = 0, 0, sys.stderr is None or not sys.stderr.isatty()
     try:
         names = [os.path.relpath(path, args.source) for path in _images_under(args.source)]
         if not names or f"{args.target}/".startswith(f"{args.source}/"):
             raise InputError(f"expected {args.source} to hold images, {args.target} outside")
         done = _work(names, range(len(names)), max(0, args.num_workers), collate_fn=work)
         with contextlib.closing(done):
-            for reason in filter(None, tqdm(done, total=len(names), disable=hidden)):
-                bad += 1
-                _say(reason)
+            for reason in tqdm(done, total=len(names), disable=hidden):
+                old += reason is None
+                if reason:
+                    bad += 1
+                    _say(reason)
     except KeyboardInterrupt:
         _say("stopped: the same command goes on from here")
         return 130
     except InputError as error:
         _say(f"error: {error}")
         return 2
-    _say(f"{len(names) - bad} images in {args.target}, {bad} unreadable")
+    kept = f", {old} of them left as they were" if old else ""
+    _say(f"{len(names) - bad} images in {args.target}{kept}, {bad} unreadable")
     return 0
 
 

@@ -490,6 +490,17 @@ def test_features(photos: Path, pretrained: Path, tmp_path: Path) -> None:
 
 
 @each_script
+def test_exported_tensors_share_no_memory(script: ModuleType, tmp_path: Path) -> None:
+    """.safetensors cannot hold tensors that do."""
+    flags = {"model": "test", "data_path": "drawn:8", "batch_size": 4, "epochs": 1, "device": "cpu"}
+    script.pretrain(script.configure("pretrain", **flags, output_dir=str(tmp_path)))
+    script.export(script.configure("export", weights=str(tmp_path / "backbone.pth"), device="cpu",
+                                   naming="official", output=str(tmp_path / "e.pth")))  # fmt: skip
+    state = data.read_checkpoint(tmp_path / "e.pth")["model"]
+    assert len({value.data_ptr() for value in state.values()}) == len(state)
+
+
+@each_script
 @pytest.mark.parametrize("probability", [0.0, 0.4])
 def test_erasing_is_as_the_flag_says(
     script: ModuleType, probability: float, tmp_path: Path

@@ -17,6 +17,7 @@ import sys
 import time
 import tracemalloc
 import zlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -1163,6 +1164,35 @@ def test_shrink_keeps_names_and_formats(tmp_path: Path, capsys: pytest.CaptureFi
             assert np.abs(np.asarray(data.to_rgb(after)) - exact).mean() < limit, name
     for name in ("tiny.jpg", "tinier.png"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_shrink_tells_what_was_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A copy of another size is not made anew: its user hears of it."""
+    for name in ("a.png", "b.png"):
+        data.save_picture(Image.new("RGB", (60, 60)), tmp_path / "in" / name)
+    assert shrink(tmp_path / "in", tmp_path / "out") == 0
+    assert "2 images in" in (said := capsys.readouterr().err) and "left as they were" not in said
+    (tmp_path / "out" / "a.png").unlink()
+    assert shrink(tmp_path / "in", tmp_path / "out") == 0
+    assert "1 of them left as they were" in capsys.readouterr().err
+
+
+def test_transparent_palettes_give_no_warning() -> None:
+    image = Image.new("P", (8, 8))
+    image.putpalette([10, 20, 30] * 256)
+    image.info["transparency"] = bytes(range(256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.to_rgb(image).getpixel((0, 0)) == (10, 20, 30)
+
+
+@pytest.mark.parametrize(("length", "few", "found"), [
+    (10, 3, [0, 3, 6]), (3, 8, [0, 1, 2]), (8, 8, [*range(8)]), (9, 8, [*range(8)]),
+])  # fmt: skip
+def test_few_images_are_from_all_over(length: int, few: int, found: list[int]) -> None:
+    source = data.DrawnImages("train", length)
+    *_, indices = next(data.eval_batches(source, data.EvalCrop(8), batch_size=few, few=few))
+    assert indices.tolist() == found
 
 
 def test_shrink_restarts(tmp_path: Path) -> None:
