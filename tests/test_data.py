@@ -16,8 +16,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import zlib
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
