@@ -628,7 +628,7 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full self-attention of the decoder."""
+    """Full self-attention, without norm and residual."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -1332,8 +1332,8 @@ def load_weights(make: Callable[[], nn.Module], path: str, file: dict | None,
                 # Released classifiers name their last norm otherwise, so that it is lost.
                 kept = {"fc_" + k: v for k, v in state.items() if k.startswith("norm.")}
                 state = {k: v for k, v in state.items() if not k.startswith("norm.")}
-                if lost := "fc_norm.weight" in own and bool(kept):
-                    state, lost = state | (kept if keep_norm else {}), not keep_norm
+                kept = kept if "fc_norm.weight" in own else {}
+                state, lost = state | (kept if keep_norm else {}), bool(kept) and not keep_norm
         state, notes = fit_tables(state, own, isinstance(skeleton, FastMIM))
         notes += ["the last norm left out, as released (--keep_norm)"] if lost else []
         head = [k for k in ("head.weight", "head.bias") if k in own]

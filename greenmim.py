@@ -434,7 +434,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Full self-attention of the decoder."""
+    """Full self-attention, without norm and residual."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

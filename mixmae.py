@@ -507,7 +507,7 @@ class MixedWindowAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full self-attention of the decoder."""
+    """Full self-attention, without norm and residual."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
